@@ -1,0 +1,34 @@
+"""Distributed training in JAX: methods as pure functions over pytrees.
+
+  method = dj.ddp(loss_fn, tx)            # or zero1, ...
+  run = dj.distribute(method, mesh)       # or dj.simulate(method, workers=8)
+  state = run.init(key, params)
+  state, metrics = run.step(state, batch, key)
+
+Importing this starts no backend; `models`, `data` and `train` load on use.
+"""
+
+import importlib
+
+from distrain_jax import spmd as spmd
+from distrain_jax.method import Method as Method
+from distrain_jax.method import StatefulLoss as StatefulLoss
+from distrain_jax.method import Variables as Variables
+from distrain_jax.method import stateful as stateful
+from distrain_jax.methods import ddp as ddp
+from distrain_jax.methods import zero1 as zero1
+from distrain_jax.runners import Run as Run
+from distrain_jax.runners import distribute as distribute
+from distrain_jax.runners import simulate as simulate
+
+_PACKAGES = ("data", "inspect", "models", "train")
+
+
+def __getattr__(name: str):
+  if name in _PACKAGES:
+    return importlib.import_module(f"distrain_jax.{name}")
+  raise AttributeError(f"module 'distrain_jax' has no attribute {name!r}")
+
+
+def __dir__():
+  return sorted([*globals(), *_PACKAGES])

@@ -1,0 +1,111 @@
+"""Does an optimizer treat each element by itself? Then it can be sharded flat.
+
+On a worker's pieces, a norm, a trust ratio, a factored moment or an
+orthogonalisation would silently be that of the piece. Such transforms are
+found by trying them, not by name, so that a user's own is judged too.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from distrain_jax.layout import make_layout
+from distrain_jax.method import Params
+
+# One gradient far below, one far above any threshold, one ordinary: what
+# clips, normalises or adapts by a norm must show. The last one has a NaN: a
+# decision on the whole tree's finiteness must not be taken by one worker.
+SCALES = (1e-3, 1e6, 1.0, np.nan)
+
+
+def check_elementwise(
+  name: str, tx: optax.GradientTransformation, params: Params
+) -> None:
+  """Refuses an optimizer whose update of an element depends on others.
+
+  Args:
+    name: of the method, for the message.
+    tx: the optimizer.
+    params: arrays or tracers; only structure, shapes and dtypes are used.
+
+  Raises:
+    ValueError: saying which leaf differed and what to do instead.
+  """
+  with jax.ensure_compile_time_eval(), jax.debug_nans(False):
+    shapes = {np.shape(x) for x in jax.tree.leaves(params)} | {()}
+    state = jax.eval_shape(tx.init, params)
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+      if x.shape not in shapes:
+        raise _refusal(name, f"its state{_at(path)} has shape {x.shape}")
+    path = _first_difference(tx, params)
+  if path is not None:
+    raise _refusal(name, f"it updates params{_at(path)} differently in pieces")
+
+
+def _first_difference(tx, params):
+  """Path of a leaf that tx updates differently on pieces; None: there is none.
+
+  A small random tree of the same structure, cut in two, stands for params.
+  """
+  rng = np.random.default_rng(0)
+
+  def small(x):
+    shape = (2,) * (np.ndim(x) - 1) + (3,) * (np.ndim(x) > 0)
+    return jnp.asarray(rng.normal(size=shape), x.dtype)
+
+  whole = jax.tree.map(small, params)
+  layout = make_layout(whole, workers=2)
+  pieces = [layout.pieces(whole, w) for w in range(2)]
+  states = [tx.init(whole), *map(tx.init, pieces)]
+  for scale in SCALES:
+    grads = jax.tree.map(small, whole)
+    grads = _spoil(grads) if np.isnan(scale) else _scaled(grads, scale)
+    given = [grads, *(layout.pieces(grads, w) for w in range(2))]
+    done = [
+      tx.update(g, s, p) for g, s, p in zip(given, states, [whole, *pieces])
+    ]
+    states = [s for _, s in done]
+    for w, (updates, _) in enumerate(done[1:]):
+      expected = layout.pieces(done[0][0], w)
+      path = _unequal(updates, expected)
+      if path is not None:
+        return path
+  return None
+
+
+def _scaled(tree, scale):
+  return jax.tree.map(lambda x: (x * scale).astype(x.dtype), tree)
+
+
+def _spoil(tree):
+  """NaN in the very last element: it is on the second piece only."""
+  leaves, treedef = jax.tree.flatten(tree)
+  big = max(range(len(leaves)), key=lambda i: leaves[i].size)
+  x = leaves[big]
+  leaves[big] = x.ravel().at[-1].set(np.nan).reshape(x.shape)
+  return treedef.unflatten(leaves)
+
+
+def _unequal(got, expected):
+  pairs = zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected)
+  )
+  for (path, x), y in pairs:
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    if not np.allclose(x, y, rtol=1e-2, atol=1e-6, equal_nan=True):
+      return path
+  return None
+
+
+def _at(path) -> str:
+  return jax.tree_util.keystr(path)
+
+
+def _refusal(name: str, why: str) -> ValueError:
+  return ValueError(
+    f"{name} shards the optimizer element by element, but tx needs more than "
+    f"one element at a time: {why}. Clip with {name}(..., clip_norm=...) "
+    "instead of optax.clip_by_global_norm; for Adafactor, LAMB, Muon and the "
+    "like use ddp."
+  )

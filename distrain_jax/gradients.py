@@ -1,0 +1,126 @@
+"""A worker's own gradient: accumulated over micro-batches, before it speaks.
+
+The gradient of the local loss is taken first and reduced afterwards:
+differentiating through a psum would scale it by the number of workers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from distrain_jax.method import (
+  Batch,
+  LossFn,
+  Metrics,
+  Params,
+  StatefulLoss,
+)
+
+
+class Gradient(NamedTuple):
+  """Of one worker, as means over its rows."""
+
+  loss: jax.Array  # ()
+  aux: Metrics
+  grads: Params  # shapes and dtypes of the parameters
+  model_state: Any  # () for a loss without it
+
+
+def check_accumulate(name: str, accumulate: int) -> None:
+  if not isinstance(accumulate, int) or accumulate < 1:
+    raise ValueError(
+      f"{name}: `accumulate` is the number of micro-batches that each "
+      f"worker's share is cut into, at least 1; got {accumulate!r}."
+    )
+
+
+def microbatches(batch: Batch, k: int) -> Batch:
+  """(rows, ...) -> (k, rows/k, ...) on every leaf.
+
+  Raises:
+    ValueError: if some leaf's rows are not a multiple of k.
+  """
+
+  def one(path, x):
+    if x.ndim and x.shape[0] % k == 0:
+      return x.reshape(k, x.shape[0] // k, *x.shape[1:])
+    raise ValueError(
+      f"batch{jax.tree_util.keystr(path)} has shape {x.shape} on each worker, "
+      f"which accumulate={k} cannot cut into equal micro-batches. Make the "
+      f"global batch a multiple of workers x {k}, or change accumulate."
+    )
+
+  return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def gradient_fn(
+  loss_fn: LossFn | StatefulLoss, accumulate: int = 1
+) -> Callable[[Params, Any, Batch, jax.Array], Gradient]:
+  """`(params, model_state, batch, key) -> Gradient` of this worker alone.
+
+  The share is cut into `accumulate` micro-batches which run one after the
+  other: model_state passes through them, micro-batch i gets fold_in(key, i),
+  and gradients are summed in their own dtype, then divided once.
+  """
+
+  def with_state(params, model_state, batch, key):
+    if isinstance(loss_fn, StatefulLoss):
+      return loss_fn.fn(params, model_state, batch, key)
+    loss, aux = loss_fn(params, batch, key)
+    return loss, (aux, model_state)
+
+  value_and_grad = jax.value_and_grad(with_state, has_aux=True)
+
+  def one(params, model_state, batch, key) -> Gradient:
+    (loss, (aux, model_state)), grads = value_and_grad(
+      params, model_state, batch, key
+    )
+    return Gradient(loss, aux, grads, model_state)
+
+  def many(params, model_state, batch, key) -> Gradient:
+    def add(carry: Gradient, numbered):
+      i, micro = numbered
+      g = one(params, carry.model_state, micro, jax.random.fold_in(key, i))
+      sums = jax.tree.map(jnp.add, carry[:3], g[:3])
+      return Gradient(*sums, g.model_state), None
+
+    micro = microbatches(batch, accumulate)
+    first = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(one, params, model_state, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3])
+    numbered = (jnp.arange(accumulate), micro)
+    total, _ = jax.lax.scan(add, Gradient(*zeros, model_state), numbered)
+    means = jax.tree.map(lambda x: x / accumulate, total[:3])
+    return Gradient(*means, total.model_state)
+
+  return one if accumulate == 1 else many
+
+
+def clip_scale(norm: jax.Array, clip_norm: float | None) -> jax.Array:
+  """What multiplies a gradient of that global norm: min(1, clip_norm/norm)."""
+  if clip_norm is None:
+    return jnp.ones_like(norm)
+  return jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+
+
+def scale_tree(tree: Params, scale: jax.Array) -> Params:
+  """Each leaf times a scalar, in the leaf's dtype."""
+  return jax.tree.map(lambda x: (x * scale).astype(x.dtype), tree)
+
+
+def squared_norm(tree: Params) -> jax.Array:
+  """Sum of squares in float32: (), over all leaves."""
+  squares = [
+    jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
+  ]
+  return sum(squares, start=jnp.zeros((), jnp.float32))
+
+
+def check_clip_norm(name: str, clip_norm: float | None) -> None:
+  if clip_norm is not None and not clip_norm > 0:
+    raise ValueError(
+      f"{name}: `clip_norm` is the largest global norm of a gradient, above "
+      f"0, or None for no clipping; got {clip_norm!r}."
+    )

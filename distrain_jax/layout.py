@@ -1,0 +1,168 @@
+"""Sharding a tree flat over the workers without losing the tree.
+
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
+Parameter Models", 2019, https://arxiv.org/abs/1910.02054, shards one flat
+vector. Here each leaf is flattened, padded to a multiple of N and viewed as
+(N, m), and the leaves are laid side by side as the columns of one (N, M)
+buffer for the collectives. Row w is worker w's shard: it splits back into a
+tree of the original structure, so that optax's masks and labels keep working.
+
+Letters in shapes: N workers, m a leaf's columns, M those of the whole tree.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from distrain_jax.method import Params
+
+LANES = 1024  # columns of a buffer's last axis, where it is long enough
+
+
+class Leaf(NamedTuple):
+  """What is needed to find a leaf again in a row."""
+
+  shape: tuple[int, ...]
+  dtype: Any
+  columns: int  # m = ceil(size / N)
+
+  @property
+  def piece_shape(self) -> tuple[int, ...]:
+    """As many axes as the leaf (masks may ask for ndim), all in the last."""
+    return (1,) * (len(self.shape) - 1) + (self.columns,)
+
+
+class Layout(NamedTuple):
+  """Where each leaf of a tree is in the (N, M) buffers, one per dtype."""
+
+  workers: int
+  treedef: Any
+  leaves: tuple[Leaf, ...]
+
+  def rows(self, tree: Params) -> list[jax.Array]:
+    """Each leaf as (N, m), zero-padded at the end of the last rows."""
+
+    def one(x, leaf):
+      pad = self.workers * leaf.columns - x.size
+      return jnp.pad(x.ravel(), (0, pad)).reshape(self.workers, leaf.columns)
+
+    return [one(x, leaf) for x, leaf in zip(jax.tree.leaves(tree), self.leaves)]
+
+  def pieces(self, tree: Params, worker: jax.Array | int) -> Params:
+    """Worker's piece of every leaf: the tree's structure, `piece_shape`s."""
+    rows = self.rows(tree)
+    return self.treedef.unflatten(
+      jax.lax.dynamic_index_in_dim(x, worker, keepdims=False).reshape(
+        leaf.piece_shape
+      )
+      for x, leaf in zip(rows, self.leaves)
+    )
+
+  def pack(self, rows: list[jax.Array]) -> dict[str, jax.Array]:
+    """(N, m) leaves side by side: {dtype: (N, rows, lanes)}, zero-padded.
+
+    Three axes with the workers first: XLA for TPU turns a scatter of a flat
+    vector into a whole all-reduce, twice the bytes.
+    """
+    groups: dict[str, list[jax.Array]] = {}
+    for x in rows:
+      groups.setdefault(str(x.dtype), []).append(x)
+    return {k: _lanes(jnp.concatenate(v, axis=1)) for k, v in groups.items()}
+
+  def unpack(self, buffers: dict[str, jax.Array], dtypes) -> list[jax.Array]:
+    """Undoes `pack` along the last two axes; the leading ones stay.
+
+    Args:
+      buffers: {dtype: (..., rows, lanes)}.
+      dtypes: the dtype each leaf was packed with, in leaf order.
+
+    Returns:
+      One (..., m) array per leaf.
+    """
+    flat = {k: x.reshape(*x.shape[:-2], -1) for k, x in buffers.items()}
+    start = dict.fromkeys(flat, 0)
+    out = []
+    for leaf, dtype in zip(self.leaves, dtypes):
+      group, at = str(jnp.dtype(dtype)), start[str(jnp.dtype(dtype))]
+      out.append(flat[group][..., at : at + leaf.columns])
+      start[group] = at + leaf.columns
+    return out
+
+  def reduce_scatter(self, tree: Params, axis: str, wire_dtype=None) -> Params:
+    """This worker's pieces of the workers' mean tree, in float32 or wider.
+
+    Travels, and is summed, in `wire_dtype` (None: each leaf's own dtype).
+    """
+    rows = [x.astype(wire_dtype or x.dtype) for x in self.rows(tree)]
+    sums = {
+      k: jax.lax.psum_scatter(x, axis, scatter_dimension=0)
+      for k, x in self.pack(rows).items()
+    }
+    mine = self.unpack(sums, [x.dtype for x in rows])
+    return self.treedef.unflatten(
+      _at_least_float32(x).reshape(leaf.piece_shape) / self.workers
+      for x, leaf in zip(mine, self.leaves)
+    )
+
+  def all_gather(self, pieces: Params, axis: str) -> Params:
+    """The whole tree from every worker's pieces, in each leaf's own dtype."""
+    rows = [
+      x.reshape(1, leaf.columns).astype(leaf.dtype)
+      for x, leaf in zip(jax.tree.leaves(pieces), self.leaves)
+    ]
+    whole = {
+      k: jax.lax.all_gather(x[0], axis) for k, x in self.pack(rows).items()
+    }
+    rows = self.unpack(whole, [leaf.dtype for leaf in self.leaves])
+    return self.treedef.unflatten(
+      x.ravel()[: math.prod(leaf.shape)].reshape(leaf.shape)
+      for x, leaf in zip(rows, self.leaves)
+    )
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _lanes(x: jax.Array) -> jax.Array:
+  """(N, M) -> (N, rows, lanes); small buffers stay one row, unpadded."""
+  n, m = x.shape
+  if m < 8 * LANES:
+    return x.reshape(n, 1, m)
+  return jnp.pad(x, ((0, 0), (0, -m % LANES))).reshape(n, -1, LANES)
+
+
+def make_layout(tree: Params, workers: int) -> Layout:
+  """The layout of a tree of arrays (or ShapeDtypeStructs) over N workers."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return Layout(
+    workers,
+    treedef,
+    tuple(Leaf(x.shape, x.dtype, -(-x.size // workers)) for x in leaves),
+  )
+
+
+def restack(stacked: Any, target: Any, workers: int) -> Any:
+  """Stacked per-worker state for another number of workers.
+
+  Args:
+    stacked: leaves (N,), the same scalar on all workers, or (N, ..., m).
+    target: the same tree of ShapeDtypeStructs as one of the new workers has
+      it, without the worker axis: () or (..., m').
+    workers: their number.
+
+  Returns:
+    Leaves (workers,) or (workers, ..., m'): the same elements in the same
+    order; only padding is dropped or added.
+  """
+
+  def one(x, like):
+    if like.ndim == 0:
+      return jnp.broadcast_to(x[0], (workers,))
+    flat, size = x.ravel(), workers * like.size
+    flat = jnp.pad(flat[:size], (0, max(0, size - flat.size)))
+    return flat.reshape(workers, *like.shape)
+
+  return jax.tree.map(one, stacked, target)

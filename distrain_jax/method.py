@@ -1,0 +1,94 @@
+"""The contract of a method: a few pure functions, written for one worker.
+
+A worker sees its own slice of the batch and its own state, and speaks to the
+others through collectives on one named axis. `distrain_jax.spmd` runs the
+same functions on a mesh, on one device, or in several processes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Params = Any  # a pytree of arrays: the model
+State = Any  # a pytree of arrays: one worker's everything
+Batch = Any  # a pytree of arrays with a leading batch axis
+Metrics = dict[str, jax.Array]  # scalars, equal on all workers
+
+# (params, batch, key) -> (loss, aux): a scalar and a dict of scalars, both
+# means over the batch's rows, so that they average over workers.
+LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
+
+
+class Variables(NamedTuple):
+  """A model that carries state which is not trained, as BatchNorm does."""
+
+  params: Params  # trained
+  model_state: Any  # running statistics and the like
+
+
+class StatefulLoss(NamedTuple):
+  """A loss over `Variables`; made by `stateful`."""
+
+  # (params, model_state, batch, key) -> (loss, (aux, model_state))
+  fn: Callable[..., tuple[jax.Array, tuple[Metrics, Any]]]
+  stats: str
+
+
+STATS = ("averaged", "local", "synchronised")
+
+
+def stateful(fn: Callable[..., Any], *, stats: str = "averaged"):
+  """Marks the loss of a model with non-trained state, e.g. BatchNorm.
+
+  Pass the result wherever a loss_fn goes, and `Variables(params, model_state)`
+  wherever params go. During training every worker normalises by its own
+  micro-batch, unless the model itself reduces over the workers' axis.
+
+  Args:
+    fn: `(params, model_state, batch, key) -> (loss, (aux, model_state))`.
+    stats: what happens to model_state between the workers.
+      "averaged": its floating leaves are averaged after each step (they travel
+        with the gradients), so that all workers hold the same.
+      "local": each worker keeps its own, as PyTorch's DDP does; they are
+        averaged where the model is read for evaluation or export.
+      "synchronised": the model reduces the batch statistics over the axis in
+        its forward pass (`axis_name=`), so that they are equal already.
+
+  Returns:
+    A `StatefulLoss`.
+
+  Raises:
+    ValueError: if `stats` is none of these.
+  """
+  if stats not in STATS:
+    raise ValueError(
+      f"stateful: `stats` is one of {', '.join(STATS)}; got {stats!r}."
+    )
+  return StatefulLoss(fn, stats)
+
+
+class Method(NamedTuple):
+  """What a factory such as `ddp` returns; see `simulate` and `distribute`.
+
+  `init`, `step` and `params` are per-worker functions: they must run where
+  `axis` is a named axis (under shard_map or vmap).
+  """
+
+  name: str
+  axis: str  # the named axis that the workers are on
+  # (key, params) -> State: one worker's state, from the whole model.
+  init: Callable[[jax.Array, Params], State]
+  # (state, batch, key) -> (State, Metrics): batch is this worker's share; key
+  # is the run's key, the same at every step and on every worker.
+  step: Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
+  # (state) -> Params: the model to evaluate or export, equal on all workers.
+  params: Callable[[State], Params]
+  # State, or a prefix of it, of PartitionSpecs: P() for what is equal on all
+  # workers, P(axis) for what differs; the latter get a leading worker axis.
+  specs: Any
+  # (state, workers) -> State, on global arrays (worker axes included): the
+  # same state for another number of workers. None: it cannot be done.
+  reshard: Callable[[State, int], State] | None = None
+  # Whether workers may start from different models (`per_worker=True`).
+  population: bool = False

@@ -1,0 +1,6 @@
+"""Training methods: each a factory `(loss_fn, tx, *, options) -> Method`."""
+
+from distrain_jax.methods.ddp import DDPState as DDPState
+from distrain_jax.methods.ddp import ddp as ddp
+from distrain_jax.methods.zero1 import Zero1State as Zero1State
+from distrain_jax.methods.zero1 import zero1 as zero1

@@ -1,0 +1,240 @@
+"""`simulate` and `distribute`: the same method on one device or on a mesh."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from distrain_jax import spmd
+from distrain_jax.method import Method
+
+
+class Run(NamedTuple):
+  """A method with its workers; what `simulate` and `distribute` return.
+
+  States are global: what differs by worker has a leading worker axis. `step`
+  donates the state that it is given, and has `lower(state, batch, key)`.
+  """
+
+  method: Method
+  workers: int
+  mesh: Mesh | None  # None: simulated on one device
+  # (key, params, per_worker=False) -> state. per_worker: params have a leading
+  # worker axis, for workers that start from different models.
+  init: Callable[..., Any]
+  # (state, batch, key) -> (state, metrics). Batch leaves: (global_batch, ...).
+  step: Callable[..., Any]
+  # (state) -> params, one copy, equal everywhere.
+  params: Callable[[Any], Any]
+  # As init: the state's ShapeDtypeStructs with shardings; nothing is computed.
+  abstract: Callable[..., Any]
+  # This process's rows of a batch -> global arrays, ready for step.
+  put: Callable[[Any], Any]
+  # (state of another number of workers) -> this run's state.
+  adopt: Callable[[Any], Any]
+
+
+def simulate(method: Method, *, workers: int, donate: bool = True) -> Run:
+  """All workers of a method on one device, by vmap over its axis.
+
+  Args:
+    method: what a factory such as `ddp` returned.
+    workers: how many.
+    donate: whether `step` may reuse the memory of the state it is given.
+
+  Raises:
+    ValueError: if workers is not at least 1.
+  """
+  if workers < 1:
+    raise ValueError(f"simulate: `workers` is at least 1; got {workers!r}.")
+  runner = spmd.vmap_runner(method.axis, workers)
+  return _run(method, workers, None, runner, donate)
+
+
+def distribute(method: Method, mesh: Mesh, *, donate: bool = True) -> Run:
+  """A method on a mesh: one worker per position along the method's axis.
+
+  Other axes of the mesh stay automatic: shard params over them before `init`,
+  and XLA partitions each worker's computation. In several processes every
+  process calls everything with equal arguments; `put` makes global batches
+  from each process's rows.
+
+  Args:
+    method: what a factory such as `ddp` returned.
+    mesh: has the method's axis; Explicit axes are used as Auto ones.
+    donate: whether `step` may reuse the memory of the state it is given.
+
+  Raises:
+    ValueError: if the mesh lacks the axis.
+  """
+  if method.axis not in mesh.axis_names:
+    raise ValueError(
+      f"{method.name} works on the axis {method.axis!r}, but the mesh has "
+      f"{dict(mesh.shape)}. Name the mesh's axis so, or pass "
+      f"axis={mesh.axis_names[0]!r} to {method.name}."
+    )
+  mesh = spmd.auto_mesh(mesh)
+  runner = spmd.mesh_runner(mesh, method.axis)
+  return _run(method, mesh.shape[method.axis], mesh, runner, donate)
+
+
+def _run(method, workers, mesh, runner, donate) -> Run:
+  each, same = P(method.axis), P()
+
+  def init_fn(per_worker):
+    start = each if per_worker else same
+    return runner(method.init, (same, start), method.specs)
+
+  def shardings(shapes, params):
+    if mesh is None:
+      device = SingleDeviceSharding(jax.devices()[0])
+      return jax.tree.map(lambda _: device, shapes)
+    return spmd.like_params(shapes, method.specs, params, mesh)
+
+  def abstract(key, params, per_worker=False):
+    _check_start(method, workers, params, per_worker)
+    with spmd.no_current_mesh():
+      shapes = jax.eval_shape(init_fn(per_worker), key, params)
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      shardings(shapes, params),
+    )
+
+  def init(key, params, per_worker=False):
+    key, params = _shared(mesh, (key, params))
+    like = abstract(key, params, per_worker)
+    fn = init_fn(per_worker)
+    jitted = jax.jit(
+      lambda key, params: jax.tree.map(jnp.copy, fn(key, params)),
+      out_shardings=jax.tree.map(lambda x: x.sharding, like),
+    )
+    with spmd.no_current_mesh():
+      return jitted(key, params)
+
+  one_step = runner(
+    method.step, (method.specs, each, same), (method.specs, same)
+  )
+
+  def step(state, batch, key):
+    return one_step(state, spmd.split_rows(batch, workers), key)
+
+  def put(batch):
+    if mesh is None:
+      return jax.device_put(batch)
+    sharding = NamedSharding(mesh, each)
+    place = jax.make_array_from_process_local_data
+    return jax.tree.map(lambda x: place(sharding, x), batch)
+
+  return Run(
+    method=method,
+    workers=workers,
+    mesh=mesh,
+    init=init,
+    step=_Step(step, mesh, method.axis, donate),
+    params=_Program(runner(method.params, (method.specs,), same)),
+    abstract=abstract,
+    put=put,
+    adopt=lambda state: _adopt(method, workers, mesh, state),
+  )
+
+
+class _Program:
+  """A jitted function that runs whichever mesh the caller has set."""
+
+  def __init__(self, fn):
+    self._jitted = jax.jit(fn)
+
+  def __call__(self, *args):
+    with spmd.no_current_mesh():
+      return self._jitted(*args)
+
+  def lower(self, *args):
+    with spmd.no_current_mesh():
+      return self._jitted.lower(*args)
+
+
+class _Step:
+  """`run.step`: donates and pins the state; see `spmd` for why."""
+
+  def __init__(self, fn, mesh, axis, donate):
+    self._fn, self._mesh, self._axis = fn, mesh, axis
+    self._donate = (0,) if donate else ()
+    # Other axes are XLA's to choose, and it forgets an axis of one worker.
+    workers = 1 if mesh is None else mesh.shape[axis]
+    self._pin = mesh is not None and (workers == 1 or mesh.size > workers)
+    cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
+    self._one_in_flight = cpu and mesh.size > 1
+    self._jitted = {}  # shardings of the state -> jitted function
+    self._running = None
+
+  def __call__(self, state, batch, key):
+    if self._mesh is not None and spmd.spans_processes(self._mesh):
+      key = spmd.to_global(key, self._mesh, P())
+      batch = spmd.to_global(batch, self._mesh, P(self._axis))
+    if self._one_in_flight:
+      jax.block_until_ready(self._running)
+    with spmd.no_current_mesh():
+      state, metrics = self._for(state)(state, batch, key)
+    self._running = metrics
+    return state, metrics
+
+  def lower(self, state, batch, key):
+    with spmd.no_current_mesh():
+      return self._for(state).lower(state, batch, key)
+
+  def compilations(self) -> int:
+    """How many programs have been compiled by calls so far."""
+    return sum(jitted._cache_size() for jitted in self._jitted.values())
+
+  def _for(self, state):
+    leaves, treedef = jax.tree.flatten(state)
+    pins = tuple(x.sharding for x in leaves) if self._pin else None
+    if pins not in self._jitted:
+      out = (treedef.unflatten(pins), None) if self._pin else None
+      self._jitted[pins] = jax.jit(
+        self._fn, donate_argnums=self._donate, out_shardings=out
+      )
+    return self._jitted[pins]
+
+
+def _shared(mesh, tree):
+  """Arguments that every process passes alike, as arrays of the mesh."""
+  if mesh is not None and spmd.spans_processes(mesh):
+    return spmd.to_global(tree, mesh, P())
+  return tree
+
+
+def _adopt(method, workers, mesh, state):
+  if method.reshard is None:
+    raise ValueError(
+      f"{method.name} cannot change its number of workers: a worker's state "
+      "means something only among the workers that it was made with. Resume "
+      "on the same number, or export run.params(state) and start from it."
+    )
+  with spmd.no_current_mesh():
+    shapes = jax.eval_shape(lambda s: method.reshard(s, workers), state)
+    out = None
+    if mesh is not None:
+      out = spmd.like_params(shapes, method.specs, None, mesh)
+    fn = jax.jit(lambda s: method.reshard(s, workers), out_shardings=out)
+    return fn(state)
+
+
+def _check_start(method, workers, params, per_worker):
+  if not per_worker:
+    return
+  if not method.population:
+    raise ValueError(
+      f"{method.name}: all workers start from one model, so per_worker=True "
+      "has no meaning here. Pass one model's params."
+    )
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    if jnp.shape(x)[:1] != (workers,):
+      raise ValueError(
+        f"per_worker=True: params{jax.tree_util.keystr(path)} has shape "
+        f"{jnp.shape(x)}; its first axis must be the {workers} workers."
+      )

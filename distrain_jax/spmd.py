@@ -1,0 +1,249 @@
+"""Running per-worker functions: on a mesh, or all workers on one device.
+
+Everything that is delicate about it is in this file and nowhere else:
+
+- `shard_map` with its replication checker sums the gradient of a replicated
+  parameter over the axis, `vmap` does not. The checker is off, so that the
+  gradient of a local loss is local in both.
+- Meshes are made with Auto axes, and a caller's Explicit mesh is used as its
+  Auto twin: shard_map would refuse unsharded inputs on Explicit axes, and any
+  mesh that is not the current one while one is set.
+- An array that a jitted function returns untouched is its input: donating the
+  state would then delete the caller's params. `init` copies.
+- XLA chooses the sharding of outputs over the axes that a method leaves
+  automatic. They are pinned to that of the state that comes in, else the
+  optimizer's zeros would be replicated and the second step compile again.
+- Simulated CPU devices share a few cores: a collective whose partners come
+  late aborts the process. Its timeouts are raised and one step is in flight.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# (fn, in_specs, out_specs) -> the function on global arrays. Specs are pytree
+# prefixes: P() for equal on all workers, P(axis) for a leading worker axis,
+# which `fn` does not see.
+Runner = Callable[[Callable, Any, Any], Callable]
+
+CPU_FLAGS = (
+  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
+  "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+  "--xla_cpu_collective_timeout_seconds=1200",
+)
+
+
+def use_cpu_devices(count: int) -> None:
+  """Makes JAX simulate `count` devices on the CPU; call before JAX starts.
+
+  Raises:
+    RuntimeError: if a backend is already running with other devices.
+  """
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  names = {flag.split("=")[0] for flag in flags}
+  flags += [flag for flag in CPU_FLAGS if flag.split("=")[0] not in names]
+  os.environ["XLA_FLAGS"] = " ".join(flags)
+  try:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+  except RuntimeError:
+    pass  # a backend runs already: with these devices, or with others
+  if jax.local_device_count() != count or jax.default_backend() != "cpu":
+    raise RuntimeError(
+      f"JAX already runs on {jax.local_device_count()} "
+      f"{jax.default_backend()} device(s), so it cannot simulate {count} CPU "
+      "devices any more. Call use_cpu_devices before anything that uses JAX."
+    )
+
+
+def make_mesh(axes: Mapping[str, int], devices=None) -> Mesh:
+  """A mesh of named axes, in order, with Auto axis types.
+
+  Args:
+    axes: name -> size; one size may be -1: all devices that are left.
+    devices: those to use; None: all of `jax.devices()`.
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(axes)
+  free = [name for name, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
+    sizes[free[0]] = len(devices) // fixed
+  if not sizes or math.prod(sizes.values()) != len(devices):
+    raise ValueError(
+      f"a mesh of {dict(axes)} needs {fixed} devices{' or a multiple' if free else ''}, but there "
+      f"are {len(devices)} ({devices[0].platform}). Change the mesh, pass "
+      "fewer devices, or simulate more on a CPU (--devices=N, or "
+      "use_cpu_devices(N) before JAX starts)."
+    )
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    tuple(sizes),
+    axis_types=(AxisType.Auto,) * len(sizes),
+    devices=devices,
+  )
+
+
+def worker_key(key: jax.Array, step: jax.Array, axis: str) -> jax.Array:
+  """This worker's own key for this step, the same on any number of hosts."""
+  return jax.random.fold_in(shared_key(key, step), jax.lax.axis_index(axis))
+
+
+def shared_key(key: jax.Array, step: jax.Array) -> jax.Array:
+  """The key of this step that all workers share."""
+  return jax.random.fold_in(key, step)
+
+
+def vmap_runner(axis: str, workers: int) -> Runner:
+  """All workers on one device, by `vmap(axis_name=axis)`."""
+
+  def runner(fn, in_specs, out_specs):
+    in_axes = _map(lambda spec: 0 if spec else None, in_specs)
+    mapped = jax.vmap(fn, in_axes=in_axes, axis_name=axis, axis_size=workers)
+
+    def call(*args):
+      # Everything comes back with a worker axis: under vmap, a value that is
+      # equal on all workers need not be known to be so.
+      out = mapped(*args)
+      return _map(lambda s, x: x if s else _first(x), out_specs, out)
+
+    return call
+
+  return runner
+
+
+def mesh_runner(mesh: Mesh, axis: str) -> Runner:
+  """One worker per position along `axis`; other axes stay automatic."""
+  mesh = auto_mesh(mesh)
+
+  def runner(fn, in_specs, out_specs):
+    def local(*args):
+      args = _map(lambda s, x: _first(x) if s else x, in_specs, args)
+      out = fn(*args)
+      return _map(lambda s, x: _stack(x) if s else x, out_specs, out)
+
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      axis_names={axis},
+      check_vma=False,
+    )
+
+  return runner
+
+
+def auto_mesh(mesh: Mesh) -> Mesh:
+  """The same devices and names with Auto axis types."""
+  types = (AxisType.Auto,) * len(mesh.axis_names)
+  return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def split_rows(batch: Any, workers: int) -> Any:
+  """(rows, ...) -> (workers, rows/workers, ...) on every leaf.
+
+  Raises:
+    ValueError: if some leaf's rows are not a multiple of the workers.
+  """
+
+  def one(path, x):
+    if jnp.ndim(x) and x.shape[0] % workers == 0:
+      return jnp.reshape(x, (workers, x.shape[0] // workers, *x.shape[1:]))
+    raise ValueError(
+      f"batch{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}: its first "
+      f"axis is the global batch, which must be a multiple of the {workers} "
+      "workers."
+    )
+
+  return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def like_params(shapes: Any, specs: Any, params: Any, mesh: Mesh) -> Any:
+  """Shardings of a state over all axes of a mesh.
+
+  A leaf is sharded over the automatic axes as the parameter is whose path its
+  own path ends in, if their shapes agree: moments lie where parameters do.
+
+  Args:
+    shapes: the state, as arrays or ShapeDtypeStructs, worker axes included.
+    specs: `Method.specs`.
+    params: the parameters (arrays, or shapes with shardings).
+    mesh: the mesh.
+
+  Returns:
+    A `NamedSharding` per leaf.
+  """
+  known = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+      known[path] = (jnp.shape(x), tuple(sharding.spec))
+  full = _map(lambda s, x: jax.tree.map(lambda _: s, x), specs, shapes)
+
+  def one(path, spec, x):
+    lead = tuple(spec)
+    for start in range(len(path) + 1):
+      shape, rest = known.get(path[start:], (None, ()))
+      if shape == x.shape[len(lead) :]:
+        return NamedSharding(mesh, P(*lead, *rest))
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, full, shapes, is_leaf=_is_spec)
+
+
+def to_global(tree: Any, mesh: Mesh, spec: P) -> Any:
+  """Values that every process holds whole, as global arrays on the mesh."""
+
+  def one(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return x
+    sharding = NamedSharding(mesh, spec)
+    if isinstance(x, jax.Array) and jnp.issubdtype(
+      x.dtype, jax.dtypes.prng_key
+    ):
+      data = one(jax.random.key_data(x))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  return jax.tree.map(one, tree)
+
+
+def spans_processes(mesh: Mesh) -> bool:
+  mine = jax.process_index()
+  return any(d.process_index != mine for d in mesh.devices.flat)
+
+
+def no_current_mesh():
+  """Leaves the mesh that a caller has set; ours comes with the function."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return contextlib.nullcontext()
+  return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+
+
+def _is_spec(x) -> bool:
+  return isinstance(x, P)
+
+
+def _map(fn, specs, *trees):
+  return jax.tree.map(fn, specs, *trees, is_leaf=_is_spec)
+
+
+def _first(tree):
+  return jax.tree.map(lambda x: x[0], tree)
+
+
+def _stack(tree):
+  return jax.tree.map(lambda x: x[None], tree)
