@@ -5,6 +5,8 @@ orthogonalisation would silently be that of the piece. Such transforms are
 found by trying them, not by name, so that a user's own is judged too.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +34,15 @@ def check_elementwise(
   Raises:
     ValueError: saying which leaf differed and what to do instead.
   """
+  leaves, treedef = jax.tree.flatten(params)
+  _check(name, tx, treedef, tuple((np.shape(x), x.dtype) for x in leaves))
+
+
+@functools.lru_cache(maxsize=16)  # a method's init is traced more than once
+def _check(name, tx, treedef, leaves) -> None:
+  params = treedef.unflatten(jax.ShapeDtypeStruct(*x) for x in leaves)
   with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-    shapes = {np.shape(x) for x in jax.tree.leaves(params)} | {()}
+    shapes = {shape for shape, _ in leaves} | {()}
     state = jax.eval_shape(tx.init, params)
     for path, x in jax.tree_util.tree_leaves_with_path(state):
       if x.shape not in shapes:
@@ -51,23 +60,22 @@ def _first_difference(tx, params):
   rng = np.random.default_rng(0)
 
   def small(x):
-    shape = (2,) * (np.ndim(x) - 1) + (3,) * (np.ndim(x) > 0)
+    shape = (2,) * (x.ndim - 1) + (3,) * (x.ndim > 0)
     return jnp.asarray(rng.normal(size=shape), x.dtype)
 
   whole = jax.tree.map(small, params)
   layout = make_layout(whole, workers=2)
-  pieces = [layout.pieces(whole, w) for w in range(2)]
+  update, cut = jax.jit(tx.update), jax.jit(layout.pieces)
+  pieces = [cut(whole, w) for w in range(2)]
   states = [tx.init(whole), *map(tx.init, pieces)]
   for scale in SCALES:
     grads = jax.tree.map(small, whole)
     grads = _spoil(grads) if np.isnan(scale) else _scaled(grads, scale)
-    given = [grads, *(layout.pieces(grads, w) for w in range(2))]
-    done = [
-      tx.update(g, s, p) for g, s, p in zip(given, states, [whole, *pieces])
-    ]
+    given = [grads, *(cut(grads, w) for w in range(2))]
+    done = [update(g, s, p) for g, s, p in zip(given, states, [whole, *pieces])]
     states = [s for _, s in done]
     for w, (updates, _) in enumerate(done[1:]):
-      expected = layout.pieces(done[0][0], w)
+      expected = cut(done[0][0], w)
       path = _unequal(updates, expected)
       if path is not None:
         return path
