@@ -52,8 +52,9 @@ def use_cpu_devices(count: int) -> None:
   flags += [flag for flag in CPU_FLAGS if flag.split("=")[0] not in names]
   os.environ["XLA_FLAGS"] = " ".join(flags)
   try:
-    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
+    jax.config.update("jax_platforms", "cpu")
+    return
   except RuntimeError:
     pass  # a backend runs already: with these devices, or with others
   if jax.local_device_count() != count or jax.default_backend() != "cpu":
@@ -61,6 +62,30 @@ def use_cpu_devices(count: int) -> None:
       f"JAX already runs on {jax.local_device_count()} "
       f"{jax.default_backend()} device(s), so it cannot simulate {count} CPU "
       "devices any more. Call use_cpu_devices before anything that uses JAX."
+    )
+
+
+def join_processes(auto: bool = False) -> None:
+  """Makes this process one of several; call before JAX starts.
+
+  Reads what `launch/local.py` sets: JAX_COORDINATOR_ADDRESS (host:port),
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without them nothing happens.
+
+  Args:
+    auto: ask the cluster (SLURM, a TPU pod, Kubernetes) instead.
+  """
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  if not auto and address is None:
+    return
+  # XLA for CPU has no collectives between processes of its own.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  if auto:
+    jax.distributed.initialize()
+  else:
+    jax.distributed.initialize(
+      address,
+      int(os.environ["JAX_NUM_PROCESSES"]),
+      int(os.environ["JAX_PROCESS_ID"]),
     )
 
 

@@ -1,0 +1,23 @@
+r"""scikit-learn's digits with a small MLP: seconds, and no download.
+
+  python launch/train.py --config=configs/digits.py --workdir=runs/digits \
+    --devices=8
+"""
+
+from ml_collections import ConfigDict
+
+from distrain_jax.train import default_config
+
+
+def get_config(arg: str | None = None):
+  """`:quick` takes 20 steps."""
+  c = default_config()
+  c.steps = 20 if arg == "quick" else 300
+  c.batch_size = 128
+  c.data.name = "digits"
+  c.model = ConfigDict({"name": "mlp", "widths": (128, 128)})
+  c.optimizer.learning_rate = 3e-3
+  c.optimizer.weight_decay = 0.01
+  c.evaluation.every = 50
+  c.checkpoint.every = 100
+  return c.lock()

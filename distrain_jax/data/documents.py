@@ -1,0 +1,197 @@
+"""Documents from files: plain text, JSON lines, JSON, parquet, TFDS.
+
+Each reader yields one text a document and tells how much of the input it has
+used, for a progress bar. Nothing is held but the document at hand (JSON: the
+file).
+"""
+
+import codecs
+import gzip
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+from distrain_jax.data.source import did_you_mean
+
+Advance = Callable[[float], object]  # bytes of input used since the last call
+
+
+def inputs(paths: Sequence[str]) -> list[str]:
+  """The files meant by files, folders (all below, by name) and tfds: names.
+
+  Raises:
+    FileNotFoundError: for a path that is not there, or no file at all.
+  """
+  found = []
+  for path in paths:
+    if path.startswith("tfds:"):
+      found.append(path)
+    elif os.path.isdir(path):
+      found += _below(pathlib.Path(path))
+    elif os.path.isfile(path):
+      found.append(path)
+    else:
+      raise FileNotFoundError(f"Input {path!r}: no such file or folder.")
+  if not found:
+    raise FileNotFoundError(f"No files in {list(paths)}.")
+  return found
+
+
+def _below(folder: pathlib.Path) -> list[str]:
+  """All files in a folder and its folders, but nothing hidden."""
+  files = []
+  for path in sorted(folder.rglob("*")):
+    parts = path.relative_to(folder).parts
+    if path.is_file() and not any(part.startswith(".") for part in parts):
+      files.append(str(path))
+  return files
+
+
+def size(path: str) -> int:
+  """Bytes of an input, for the progress bar's total."""
+  return 0 if path.startswith("tfds:") else os.path.getsize(path)
+
+
+def read(
+  path: str,
+  *,
+  fields: Sequence[str] = ("text",),
+  separator: str | None = None,
+  folder: str | None = None,
+  advance: Advance = lambda used: None,
+) -> Iterator[str]:
+  """The documents of one input, by its ending (a further .gz is unpacked).
+
+  Args:
+    path: `.jsonl` and `.ndjson`: an object a line; `.json`: a list of objects;
+      `.parquet`: a row a document; `tfds:NAME` or `tfds:NAME:SPLIT`; else
+      UTF-8 text, a document a file.
+    fields: names in an object, row or record; more than one are joined by an
+      empty line, empty ones left out.
+    separator: cuts a text file into documents, e.g. "<|endoftext|>".
+    folder: TFDS's data_dir.
+    advance: called with the number of bytes of the file used.
+
+  Raises:
+    ValueError: for text that is not UTF-8, broken JSON, a missing field, with
+      the file and the line or row.
+  """
+  if path.startswith("tfds:"):
+    return _tfds(path.removeprefix("tfds:"), fields, folder)
+  suffix = pathlib.Path(path.removesuffix(".gz")).suffix
+  if suffix in (".jsonl", ".ndjson"):
+    return _jsonl(path, fields, advance)
+  if suffix == ".json":
+    return _json(path, fields, advance)
+  if suffix == ".parquet":
+    return _parquet(path, fields, advance)
+  return _text(path, separator, advance)
+
+
+def _open(path: str, file):
+  return gzip.open(file) if path.endswith(".gz") else file
+
+
+def _text(path, separator, advance):
+  decoder = codecs.getincrementaldecoder("utf-8")()
+  parts, before = [], 0
+  with open(path, "rb") as file:
+    opened = _open(path, file)
+    while True:
+      block = opened.read(2**20)
+      try:
+        parts.append(decoder.decode(block, final=not block))
+      except UnicodeDecodeError as e:
+        raise ValueError(
+          f"{path}: not UTF-8 text ({e.reason}, in the MiB before byte "
+          f"{opened.tell()}). Convert it, or leave it out of the input."
+        ) from e
+      if separator:
+        *whole, rest = "".join(parts).split(separator)
+        yield from whole
+        parts = [rest]
+      advance(file.tell() - before)
+      before = file.tell()
+      if not block:
+        break
+  yield "".join(parts)
+
+
+def _jsonl(path, fields, advance):
+  before = 0
+  with open(path, "rb") as file:
+    for number, line in enumerate(_open(path, file), start=1):
+      if line.strip():
+        where = f"{path}, line {number}"
+        try:
+          record = json.loads(line)
+        except ValueError as e:
+          raise ValueError(f"{where}: not a JSON object ({e}).") from e
+        yield _join(record, fields, where)
+      advance(file.tell() - before)  # of a .gz file: its compressed bytes
+      before = file.tell()
+
+
+def _json(path, fields, advance):
+  with open(path, "rb") as file:
+    try:
+      records = json.load(_open(path, file))
+    except ValueError as e:
+      raise ValueError(f"{path}: not JSON ({e}).") from e
+  if not isinstance(records, list):
+    raise ValueError(
+      f"{path}: holds {type(records).__name__}, wanted a list of objects. For "
+      "an object a line, call the file .jsonl."
+    )
+  for number, record in enumerate(records):
+    yield _join(record, fields, f"{path}, object {number}")
+    advance(size(path) / len(records))
+
+
+def _parquet(path, fields, advance):
+  from pyarrow import parquet
+
+  with parquet.ParquetFile(path) as file:
+    columns = file.schema_arrow.names
+    for field in fields:
+      if field not in columns:
+        raise ValueError(_no_field(path, field, columns))
+    each = size(path) / max(1, file.metadata.num_rows)
+    for block in file.iter_batches(1024, columns=list(fields)):
+      for record in block.to_pylist():
+        yield _join(record, fields, path)
+        advance(each)
+
+
+def _tfds(name, fields, folder):
+  from distrain_jax.data import tfds_source
+
+  name, _, split = name.partition(":")
+  found = tfds_source.builder(name, folder)
+  for row in tfds_source.rows(found, split or "train"):
+    texts = {k: row[k] for k in row if isinstance(row[k], bytes | str)}
+    yield _join(texts, fields, f"tfds:{name}")
+
+
+def _join(record, fields, where: str) -> str:
+  """The text of a record's fields; absent values (null) count as empty."""
+  if not isinstance(record, dict):
+    raise ValueError(f"{where}: wanted an object, got {str(record)[:80]!r}.")
+  texts = []
+  for field in fields:
+    if field not in record:
+      raise ValueError(_no_field(where, field, record))
+    text = record[field]
+    text = text.decode() if isinstance(text, bytes) else text
+    if not isinstance(text, str | None):
+      raise ValueError(f"{where}: {field!r} is not text: {str(text)[:80]!r}.")
+    texts.append(text or "")
+  return "\n\n".join(filter(None, texts))
+
+
+def _no_field(where: str, field: str, known) -> str:
+  return (
+    f"{where}: no field {field!r}.{did_you_mean(field, known)} It has "
+    f"{', '.join(sorted(known))}; choose with --field=NAME[,NAME...]."
+  )

@@ -1,0 +1,25 @@
+"""Models in Flax Linen, their tasks, and adapters for other libraries.
+
+Every parameter's axes have logical names (`names`); sizes follow the parameters
+that a module is applied to (`layers`); parameters are handed out as plain
+arrays. `model.apply({"params": params}, inputs)` is all that is needed to use
+one by itself.
+"""
+
+from distrain_jax.models import adapters as adapters
+from distrain_jax.models import names as names
+from distrain_jax.models.llama import PRESETS as PRESETS
+from distrain_jax.models.llama import Llama as Llama
+from distrain_jax.models.llama import LlamaConfig as LlamaConfig
+from distrain_jax.models.mlp import MLP as MLP
+from distrain_jax.models.resnet import ResNet as ResNet
+from distrain_jax.models.tasks import Task as Task
+from distrain_jax.models.tasks import classification_loss as classification_loss
+from distrain_jax.models.tasks import evaluation as evaluation
+from distrain_jax.models.tasks import language_model_loss as language_model_loss
+from distrain_jax.models.tasks import task as task
+from distrain_jax.models.zoo import abstract as abstract
+from distrain_jax.models.zoo import create as create
+from distrain_jax.models.zoo import init as init
+from distrain_jax.models.zoo import logical_names as logical_names
+from distrain_jax.models.zoo import valid_options as valid_options

@@ -1,0 +1,125 @@
+"""Layers whose sizes come from the parameters that they are applied to.
+
+A Flax layer declares its features and refuses parameters of another shape.
+Ours declare them for `init` only: `apply` follows the arrays it is given, so
+that a subnetwork (fewer hidden units, heads, channels or layers, gathered from
+the arrays) runs through the module of the whole network.
+
+Letters in shapes: b images, h height, w width, i features in, o features out.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distrain_jax.models.options import DTYPES
+
+Initializer = Callable[..., jax.Array]
+# Features are the last axis of a kernel, as wide as it is at initialisation.
+FAN_OUT_NORMAL = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def parameter(
+  module: nn.Module,
+  name: str,
+  init_fn: Initializer,
+  shape: tuple[int, ...],
+  names: tuple[str, ...],
+  dtype: str = "float32",
+) -> jax.Array:
+  """`module`'s parameter, in the shape that it has.
+
+  Args:
+    module: the module that owns it, inside its compact `__call__`.
+    name: its key among the module's parameters.
+    init_fn: `(key, shape, dtype) -> array`.
+    shape: the shape at initialisation. Given parameters may have another.
+    names: one logical axis name (`distrain_jax.models.names`) an axis.
+    dtype: the dtype at initialisation.
+  """
+  # `Module.param` compares shapes with the declared ones; this does not.
+  if module.has_variable("params", name):
+    return nn.meta.unbox(module.get_variable("params", name))
+  init_fn = nn.with_logical_partitioning(init_fn, names)
+  return module.param(name, init_fn, shape, DTYPES[dtype])
+
+
+class Dense(nn.Module):
+  """x (..., i) -> x @ kernel + bias (..., o), in `dtype`."""
+
+  features: int
+  names: tuple[str, str]  # of the input and output axes
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = parameter(
+      self,
+      "kernel",
+      self.kernel_init,
+      (x.shape[-1], self.features),
+      self.names,
+      self.param_dtype,
+    )
+    bias = parameter(
+      self,
+      "bias",
+      nn.initializers.zeros,
+      (self.features,),
+      self.names[1:],
+      self.param_dtype,
+    )
+    x, kernel, bias = (a.astype(DTYPES[self.dtype]) for a in (x, kernel, bias))
+    y = x @ kernel
+    return y + along_channels(bias, y)
+
+
+class Conv(nn.Module):
+  """A square convolution without bias, padded by (size - 1) / 2.
+
+  x (b, h, w, i) -> (b, ceil(h / stride), ceil(w / stride), o), in `dtype`.
+  Padded alike on both sides, unlike `SAME`, where the stride is 2.
+  """
+
+  features: int
+  size: int
+  names: tuple[str, str]  # of the input and output channels
+  stride: int = 1
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = parameter(
+      self,
+      "kernel",
+      FAN_OUT_NORMAL,
+      (self.size, self.size, x.shape[-1], self.features),
+      ("spatial_0", "spatial_1", *self.names),
+      self.param_dtype,
+    )
+    dtype, pad = DTYPES[self.dtype], self.size // 2
+    return jax.lax.conv_general_dilated(
+      x.astype(dtype),
+      kernel.astype(dtype),
+      window_strides=(self.stride, self.stride),
+      padding=((pad, pad), (pad, pad)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def along_channels(a: jax.Array, like: jax.Array) -> jax.Array:
+  """a (c,) with the axes of length 1 that make it broadcast against (..., c).
+
+  Said, not left to rank promotion, which callers may forbid.
+  """
+  return a.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def to_float32(x: jax.Array) -> jax.Array:
+  """Normalisation is computed in float32, whatever the rest is computed in."""
+  return x.astype(jnp.float32)

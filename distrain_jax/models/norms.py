@@ -1,0 +1,139 @@
+"""Normalisation over the channels that are there: batch, group, RMS.
+
+Statistics, scale and bias are float32 inside; the result has the input's dtype.
+Letters in shapes: b images, h height, w width, c channels, g groups.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distrain_jax.models.layers import (
+  Initializer,
+  along_channels,
+  parameter,
+  to_float32,
+)
+
+
+def _scale_and_bias(module, x, name, scale_init, dtype):
+  """The layer's scale and bias, (1, 1, 1, c) each, in float32."""
+  shape, names = x.shape[-1:], (name,)
+  scale = parameter(module, "scale", scale_init, shape, names, dtype)
+  zeros = nn.initializers.zeros
+  bias = parameter(module, "bias", zeros, shape, names, dtype)
+  return tuple(along_channels(to_float32(a), x) for a in (scale, bias))
+
+
+class BatchNorm(nn.Module):
+  """Normalises x (b, h, w, c) by the mean and variance of each channel.
+
+  In training: of this batch, or with `axis_name` of the batches of all workers
+  on that named axis (two all-reduces of c numbers). The running averages in the
+  collection `batch_stats`, used otherwise, follow as
+  `momentum * old + (1 - momentum) * new`, with the biased variance.
+
+  Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167.
+  """
+
+  name_of_channels: str
+  momentum: float = 0.9
+  eps: float = 1e-5
+  axis_name: str | None = None
+  scale_init: Initializer = nn.initializers.ones
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    name, init = self.name_of_channels, self.scale_init
+    scale, bias = _scale_and_bias(self, x, name, init, self.param_dtype)
+    running_mean = self._running("mean", nn.initializers.zeros, x.shape[-1])
+    running_var = self._running("var", nn.initializers.ones, x.shape[-1])
+    y = to_float32(x)
+    if not train:
+      mean, var = running_mean.value, running_var.value
+    else:
+      mean, var = self._statistics(y)
+      if not self.is_initializing():
+        keep = self.momentum
+        running_mean.value = keep * running_mean.value + (1 - keep) * mean
+        running_var.value = keep * running_var.value + (1 - keep) * var
+    mean, var = along_channels(mean, y), along_channels(var, y)
+    y = (y - mean) * (scale * jax.lax.rsqrt(var + self.eps)) + bias
+    return y.astype(x.dtype)
+
+  def _running(self, what: str, init_fn: Initializer, channels: int):
+    init_fn = nn.with_logical_partitioning(init_fn, (self.name_of_channels,))
+    # Without a key: the initial statistics are constants.
+    create = lambda: init_fn(None, (channels,), jnp.float32)
+    return self.variable("batch_stats", what, create)
+
+  def _statistics(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Around the mean of all workers, because the mean of squares less the
+    # square of the mean cancels where the mean is large.
+    mean = self._across(y.mean((0, 1, 2)))
+    centred = y - along_channels(mean, y)
+    return mean, self._across(jnp.square(centred).mean((0, 1, 2)))
+
+  def _across(self, statistic: jax.Array) -> jax.Array:
+    # `init` runs outside of the named axis.
+    if self.axis_name is None or self.is_initializing():
+      return statistic
+    return jax.lax.pmean(statistic, self.axis_name)
+
+
+class GroupNorm(nn.Module):
+  """Normalises x (b, h, w, c) by the statistics of groups of channels.
+
+  The groups are `size` neighbouring channels, not a number of groups: taking
+  whole groups away leaves the statistics of the others as they were. Where
+  `size` does not divide c, the largest common divisor of both takes its place.
+
+  Wu and He, 2018, https://arxiv.org/abs/1803.08494.
+  """
+
+  name_of_channels: str
+  size: int = 16
+  eps: float = 1e-5
+  scale_init: Initializer = nn.initializers.ones
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    del train  # one rule for training and evaluation
+    name, init = self.name_of_channels, self.scale_init
+    scale, bias = _scale_and_bias(self, x, name, init, self.param_dtype)
+    b, h, w, c = x.shape
+    size = math.gcd(self.size, c)
+    y = to_float32(x).reshape(b, h, w, c // size, size)  # (b, h, w, g, size)
+    mean = y.mean((1, 2, 4), keepdims=True)  # (b, 1, 1, g, 1)
+    var = jnp.square(y - mean).mean((1, 2, 4), keepdims=True)
+    y = (y - mean) * jax.lax.rsqrt(var + self.eps)
+    return (y.reshape(x.shape) * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """x (..., c) -> scale * x / sqrt(mean of squares + eps).
+
+  Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467.
+  """
+
+  name_of_channels: str
+  eps: float = 1e-5
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = parameter(
+      self,
+      "scale",
+      nn.initializers.ones,
+      x.shape[-1:],
+      (self.name_of_channels,),
+      self.param_dtype,
+    )
+    y = to_float32(x)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return (y * along_channels(to_float32(scale), y)).astype(x.dtype)

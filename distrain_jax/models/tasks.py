@@ -1,0 +1,196 @@
+"""What a model is trained on: its loss and its evaluation, as pure functions.
+
+Batches are dicts with a leading axis of b rows. Classification: {"image":
+(b, h, w, c) float32, "label": (b,) int32}. Language modelling: {"tokens": (b, t)
+int32, "targets": (b, t) int32}, the tokens that follow. For evaluation also
+"weight": (b,) float32, 1 for rows that count and 0 for padding.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from distrain_jax.method import Batch, LossFn, Metrics, Variables
+from distrain_jax.models import options, zoo
+
+
+class Task(NamedTuple):
+  """A model with a purpose; see `task`."""
+
+  init: Callable[[jax.Array], Variables]  # (key) -> new variables
+  # Not stateful: (params, batch, key) -> (loss, aux), which a method takes.
+  # Stateful: (params, model_state, batch, key) -> (loss, (aux, model_state)),
+  # which it takes as `distrain_jax.method.stateful(loss_fn)`.
+  loss_fn: Callable[..., Any]
+  stateful: bool
+  # (variables or params, batch) -> sums over rows, see `evaluation`.
+  evaluate: Callable[[Any, Batch], Metrics]
+
+
+def classification_loss(
+  model: nn.Module, *, label_smoothing: float = 0.0, stateful: bool = False
+) -> LossFn | Callable[..., Any]:
+  """Mean cross-entropy, in nats, of images' labels.
+
+  Args:
+    model: `apply(variables, image, train=True) -> logits (b, classes)`.
+    label_smoothing: this fraction of each label is spread over all classes.
+    stateful: whether the model has non-trained state, as BatchNorm.
+
+  Returns:
+    A loss_fn of the form that `Task.loss_fn` states; aux is {"accuracy"}, the
+    fraction of rows. The key feeds the model's dropout.
+
+  Raises:
+    ValueError: if label_smoothing is not in [0, 1).
+  """
+  options.check_rate("classification", label_smoothing=label_smoothing)
+
+  def measure(logits, batch):
+    hard = jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype)
+    soft = optax.smooth_labels(hard, label_smoothing)
+    hits = logits.argmax(-1) == batch["label"]
+    loss = optax.softmax_cross_entropy(logits, soft).mean()
+    return loss, {"accuracy": hits.mean(dtype=jnp.float32)}
+
+  return _loss_fn(model, "image", measure, stateful)
+
+
+def language_model_loss(
+  model: nn.Module,
+  *,
+  bytes_per_token: float | None = None,
+  stateful: bool = False,
+) -> LossFn | Callable[..., Any]:
+  """Mean cross-entropy, in nats a token, of the tokens that follow.
+
+  Args:
+    model: `apply(variables, tokens, train=True) -> logits (b, t, vocab)`.
+    bytes_per_token: average length of a token's text, 1 for byte tokens: aux
+      is then {"bits_per_byte"}; otherwise it is empty.
+    stateful: whether the model has non-trained state.
+
+  Returns:
+    A loss_fn of the form that `Task.loss_fn` states.
+
+  Raises:
+    ValueError: if bytes_per_token is not above 0.
+  """
+  if bytes_per_token is not None and not bytes_per_token > 0:
+    raise ValueError(
+      "language_model: `bytes_per_token` must be above 0 (1 for byte tokens) "
+      f"or None; got {bytes_per_token!r}."
+    )
+
+  def measure(logits, batch):
+    loss = _cross_entropy(logits, batch["targets"]).mean()
+    if bytes_per_token is None:
+      return loss, {}
+    return loss, {"bits_per_byte": loss / math.log(2) / bytes_per_token}
+
+  return _loss_fn(model, "tokens", measure, stateful)
+
+
+def evaluation(
+  model: nn.Module, *, inputs: str, targets: str
+) -> Callable[[Any, Batch], Metrics]:
+  """Sums to be added up over a whole split.
+
+  Args:
+    model: a classifier of images or of next tokens.
+    inputs, targets: their keys in the batch; targets (b,) or (b, t).
+
+  Returns:
+    (variables, batch) -> {"loss_sum", "correct_sum", "weight"}, scalars in
+    float32: nats, correct predictions, and how many predictions counted (rows,
+    or tokens). `variables` is `Variables` or bare params; no "weight" in the
+    batch counts every row. Rows of weight 0 change nothing, not even as NaN.
+  """
+
+  def evaluate(variables, batch):
+    if not isinstance(variables, Variables):
+      variables = Variables(variables, {})
+    logits = model.apply(
+      {"params": variables.params, **variables.model_state},
+      batch[inputs],
+      train=False,
+    )
+    wanted = batch[targets]
+    rows = batch.get("weight", jnp.ones(wanted.shape[:1], jnp.float32))
+    rows = rows.reshape(rows.shape + (1,) * (wanted.ndim - rows.ndim))
+    weight = jnp.broadcast_to(rows, wanted.shape).astype(jnp.float32)
+    total = lambda x: jnp.where(weight > 0, x * weight, 0).sum()
+    return {
+      "loss_sum": total(_cross_entropy(logits, wanted)),
+      "correct_sum": total(logits.argmax(-1) == wanted),
+      "weight": weight.sum(),
+    }
+
+  return evaluate
+
+
+# kind -> (the batch's inputs, its targets, the loss's factory)
+KINDS = {
+  "classification": ("image", "label", classification_loss),
+  "language_model": ("tokens", "targets", language_model_loss),
+}
+
+
+def task(
+  model: nn.Module, kind: str, example: Mapping[str, Any], **loss_options: Any
+) -> Task:
+  """A model's init, loss and evaluation, in the form that its state asks for.
+
+  Args:
+    model: a Linen module, such as `models.create` returns.
+    kind: "classification" or "language_model".
+    example: a batch, of which shapes and dtypes matter; values may be
+      `jax.ShapeDtypeStruct`s.
+    **loss_options: as for `classification_loss`, `language_model_loss`.
+
+  Raises:
+    ValueError: an unknown kind, or an example without the kind's inputs.
+  """
+  inputs, targets, loss = options.pick("task: kind", kind, KINDS)
+  if inputs not in example:
+    raise ValueError(
+      f"task: {kind} reads {inputs!r} and {targets!r} from a batch; the example "
+      f"has {', '.join(map(repr, sorted(example)))}."
+    )
+  start = functools.partial(zoo.init, model, example=example[inputs])
+  stateful = bool(zoo.abstract(model, example[inputs]).model_state)
+  loss_fn = loss(model, stateful=stateful, **loss_options)
+  evaluate = evaluation(model, inputs=inputs, targets=targets)
+  return Task(start, loss_fn, stateful, evaluate)
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """-log softmax(logits)[label], the shape of labels, in nats."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _loss_fn(model, inputs, measure, stateful):
+  """Applies the model in training mode, then `measure(logits, batch)`."""
+
+  def with_state(params, model_state, batch, key):
+    logits, model_state = model.apply(
+      {"params": params, **model_state},
+      batch[inputs],
+      train=True,
+      rngs={"dropout": key},
+      mutable=list(model_state),
+    )
+    loss, aux = measure(logits, batch)
+    return loss, (aux, dict(model_state))
+
+  def without_state(params, batch, key):
+    loss, (aux, _) = with_state(params, {}, batch, key)
+    return loss, aux
+
+  return with_state if stateful else without_state

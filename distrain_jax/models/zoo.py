@@ -1,0 +1,146 @@
+"""Models by name, for configs; and their parameters, unboxed, with names."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distrain_jax.method import Variables
+from distrain_jax.models.llama import PRESETS, Llama, LlamaConfig
+from distrain_jax.models.mlp import MLP
+from distrain_jax.models.options import pick, suggest
+from distrain_jax.models.resnet import ResNet
+
+# name -> the fields that the name stands for
+RESNETS = {
+  "resnet18": {"stages": (2, 2, 2, 2), "bottleneck": False},
+  "resnet34": {"stages": (3, 4, 6, 3), "bottleneck": False},
+  "resnet50": {"stages": (3, 4, 6, 3), "bottleneck": True},
+}
+MODELS = {
+  "llama": LlamaConfig,
+  "mlp": MLP,
+  **dict.fromkeys(RESNETS, ResNet),
+}
+
+
+def valid_options(name: str) -> tuple[str, ...]:
+  """What `create(name)` takes; their meanings stand at the fields themselves.
+
+  >>> valid_options("mlp")[:4]
+  ('activation', 'classes', 'dropout', 'dtype')
+  """
+  fields = dataclasses.fields(pick("model name", name, MODELS))
+  mine = {"parent", "name", *RESNETS.get(name, ())}
+  names = {field.name for field in fields if field.init} - mine
+  return tuple(sorted(names | {"preset"} if name == "llama" else names))
+
+
+def create(name: str, **options: Any) -> nn.Module:
+  """The model called `name`: mlp, resnet18, resnet34, resnet50 or llama.
+
+  Args:
+    name: see above.
+    **options: fields of `MLP`, `ResNet` or `LlamaConfig`, as plain values. For
+      llama, `preset` (tiny, 134M, 500M, 1B) sets those that are not given.
+
+  Returns:
+    A Flax Linen module: `model.apply({"params": params}, inputs, train=False)`.
+
+  Raises:
+    ValueError: an unknown name or option, or a value that cannot be.
+
+  >>> create("llama", preset="tiny", layers=2).config.layers
+  2
+  """
+  valid = valid_options(name)
+  for option in options:
+    if option not in valid:
+      raise ValueError(
+        f"models: {name} has no option {option!r}. {suggest(option, valid)}"
+      )
+  if name != "llama":
+    return MODELS[name](**RESNETS.get(name, {}), **options)
+  config = pick("llama: preset", options.pop("preset", "tiny"), PRESETS)
+  if {"embed", "heads"} & options.keys():
+    options.setdefault("head_dim", None)  # follows them, not the preset
+  return Llama(dataclasses.replace(config, **options))
+
+
+def init(model: nn.Module, key: jax.Array, example: Any) -> Variables:
+  """New parameters and non-trained state, as plain arrays.
+
+  Args:
+    model: any Flax Linen module; its metadata boxes are taken off.
+    key: decides the parameters, together with nothing else.
+    example: an input of the model, of which shape and dtype matter; an array
+      or a `jax.ShapeDtypeStruct`.
+
+  Returns:
+    `Variables(params, model_state)`, the second a dict of the collections that
+    are not trained, such as {"batch_stats": ...}; empty for most models.
+  """
+  return nn.meta.unbox(_init(model, key, example))
+
+
+def abstract(model: nn.Module, example: Any) -> Variables:
+  """`init`'s result as `jax.ShapeDtypeStruct`s: nothing is computed."""
+  return nn.meta.unbox(_boxes(model, example))
+
+
+def logical_names(
+  model: nn.Module, example: Any, *, collection: str = "params"
+) -> Any:
+  """The logical axis names of every parameter; nothing is computed.
+
+  Args:
+    model: a module whose parameters carry Flax's logical partitioning metadata.
+    example: as for `init`.
+    collection: "params", or one of the model's state, such as "batch_stats".
+
+  Returns:
+    A pytree of the collection's structure with a tuple of strings, one an
+    axis, in place of each array. `jax.tree.map(f, params, names)` pairs them.
+
+  Raises:
+    ValueError: an array without names, by its path.
+
+  >>> names = logical_names(create("mlp"), jnp.zeros((1, 64)))
+  >>> names["dense_1"]["kernel"]
+  ('hidden_0', 'hidden_1')
+  """
+  boxed = _boxes(model, example)
+  tree = (
+    boxed.params
+    if collection == "params"
+    else boxed.model_state.get(collection, {})
+  )
+  is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+
+  def names_of(path, leaf):
+    if not is_box(leaf):
+      raise ValueError(
+        f"{type(model).__name__}: {jax.tree_util.keystr(path)} has no logical "
+        "axis names. Wrap its initializer in nn.with_logical_partitioning."
+      )
+    return tuple(leaf.names)
+
+  return jax.tree_util.tree_map_with_path(names_of, tree, is_leaf=is_box)
+
+
+def _boxes(model: nn.Module, example: Any) -> Variables:
+  """What `_init` returns, without values; starts no backend."""
+  return jax.eval_shape(lambda: _init(model, jax.random.key(0), example))
+
+
+def _init(model: nn.Module, key: jax.Array, example: Any) -> Variables:
+  """Boxed variables. Under jit, where the unused forward pass is dropped."""
+
+  def run(key):
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    state = dict(model.init(key, jax.tree.map(zeros, example)))
+    return Variables(state.pop("params"), state)
+
+  return jax.jit(run)(key)

@@ -1,0 +1,237 @@
+"""The one home of a run's fields: their defaults, and what is refused.
+
+A file under configs/ starts from `default_config()` and changes fields; the
+command line changes more (`--config.batch_size=64`). `validate` then refuses
+what cannot work, before anything compiles.
+"""
+
+import difflib
+import inspect
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from distrain_jax import methods
+
+OPTIMIZERS = ("adam", "adamw", "momentum", "sgd")
+SCHEDULES = ("constant", "cosine", "linear")
+# Options that the trainer itself passes to a factory.
+OWN_OPTIONS = ("axis",)
+
+
+def default_config() -> ConfigDict:
+  """Every field that all runs share, each with its default and meaning."""
+  c = ConfigDict()
+  c.seed = 0  # the only randomness: parameters, data order, dropout
+  c.steps = 1000
+  c.batch_size = 128  # global: divided among the workers
+
+  c.mesh = ConfigDict({"data": -1})  # axis -> size; -1: the devices left
+  # Logical axis name of the parameters -> mesh axis they are sharded over,
+  # e.g. {"mlp": "tensor"}; that axis must not be the method's own.
+  c.sharding = ConfigDict()
+
+  c.method = ConfigDict({"name": "ddp"})  # see distrain_jax.methods
+  c.method.update(method_options())  # None: the method's own default
+
+  c.data = ConfigDict()  # see distrain_jax.data.load; None: its default
+  c.data.name = config_dict.required_placeholder(str)
+  c.data.folder = config_dict.placeholder(str)
+  c.data.length = config_dict.placeholder(int)  # tokens a row, of text
+  c.data.image_size = config_dict.placeholder(int)
+  c.data.validation_fraction = config_dict.placeholder(float)
+  c.data.max_records = config_dict.placeholder(int)  # of each split
+  c.data.augment = ()  # e.g. ("pad_crop:4", "flip")
+  c.data.in_memory = False  # decode everything once, now
+
+  # A config file sets name and options, as distrain_jax.models.create takes.
+  c.model = ConfigDict()
+  c.loss = ConfigDict()  # options of the task's loss, e.g. label_smoothing
+  # BatchNorm's statistics across workers: averaged, local or synchronised;
+  # see distrain_jax.stateful. Models without such state ignore it.
+  c.stats = "averaged"
+
+  c.optimizer = ConfigDict()
+  c.optimizer.name = "adamw"  # sgd, momentum, adam or adamw
+  c.optimizer.learning_rate = 1e-3  # the peak
+  c.optimizer.schedule = "cosine"  # constant, linear or cosine, after warm-up
+  c.optimizer.warmup_steps = 0  # linear, from 0
+  c.optimizer.final_fraction = 0.0  # of the peak, at the last step
+  c.optimizer.momentum = 0.9  # of momentum
+  c.optimizer.nesterov = False  # of momentum
+  c.optimizer.b1 = 0.9  # of adam and adamw
+  c.optimizer.b2 = 0.999  # of adam and adamw
+  c.optimizer.eps = 1e-8  # of adam and adamw
+  c.optimizer.weight_decay = 0.0  # on matrices and kernels, not on vectors
+
+  c.evaluation = ConfigDict()
+  c.evaluation.every = 200  # steps; 0: only at the end
+  c.evaluation.batch_size = 256  # global
+  c.evaluation.split = "validation"  # watched during the run; test at the end
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 200  # steps; 0: only at the end and when interrupted
+  c.checkpoint.keep = 2  # the latest ones
+  c.checkpoint.keep_best = 1  # by the evaluation's loss
+
+  c.log = ConfigDict()
+  c.log.every = 10  # steps between lines of metrics.jsonl
+  c.log.tensorboard = False  # events under the run's folder
+  c.log.wandb = ""  # a Weights & Biases project; "": off
+
+  c.bad_step = ConfigDict()
+  # A step is bad when its loss or gradient norm is not finite, or its loss is
+  # above `spike` times the running mean.
+  c.bad_step.action = "stop"  # or skip: no worker applies it; it is counted
+  c.bad_step.spike = 0.0  # 0: only what is not finite
+
+  c.profile = ConfigDict()
+  c.profile.start = -1  # first step of the profiler's window; -1: none
+  c.profile.steps = 3
+
+  # Folder of XLA's persistent compilation cache; "": off. It lets a resumed or
+  # repeated run start at once.
+  c.compilation_cache = "~/.cache/distrain_jax/xla"
+  return c
+
+
+def method_options() -> dict[str, Any]:
+  """All options of all methods, as unset fields of the right type."""
+  fields: dict[str, Any] = {}
+  for factory in methods.FACTORIES.values():
+    hints = typing.get_type_hints(factory)
+    for name in _options(factory):
+      fields[name] = config_dict.placeholder(_field_type(hints[name]))
+  return fields
+
+
+def chosen_method_options(c: ConfigDict) -> dict[str, Any]:
+  """The options that are set.
+
+  Raises:
+    ValueError: for an unknown method, or an option that it does not have.
+  """
+  name = c.method.name
+  factory = methods.FACTORIES.get(name)
+  if factory is None:
+    raise ValueError(
+      f"config.method.name={name!r} is no method. "
+      + suggest(name, methods.FACTORIES)
+    )
+  valid = _options(factory)
+  chosen = {k: v for k, v in c.method.items() if k != "name" and v is not None}
+  for option in chosen:
+    if option not in valid:
+      raise ValueError(
+        f"config.method.{option}={chosen[option]!r}, but {name} has no such "
+        f"option; it has {', '.join(valid)}. Leave it unset, or choose another "
+        "config.method.name."
+      )
+  return chosen
+
+
+def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
+  """Refuses what cannot work.
+
+  Args:
+    c: the config as given.
+    mesh_shape: axis -> size of the mesh as built.
+    axis: the method's.
+
+  Raises:
+    ValueError: naming the field, its value, the rule and a way out.
+  """
+  _choice("optimizer.name", c.optimizer.name, OPTIMIZERS)
+  _choice("optimizer.schedule", c.optimizer.schedule, SCHEDULES)
+  _choice("stats", c.stats, ("averaged", "local", "synchronised"))
+  _choice("bad_step.action", c.bad_step.action, ("stop", "skip"))
+  _choice("evaluation.split", c.evaluation.split, ("validation", "test"))
+  for field in ("steps", "batch_size", "evaluation.batch_size", "log.every"):
+    _at_least(field, _get(c, field), 1)
+  for field in ("checkpoint.every", "evaluation.every", "checkpoint.keep_best"):
+    _at_least(field, _get(c, field), 0)
+  _at_least("checkpoint.keep", c.checkpoint.keep, 1)
+  if axis not in mesh_shape:
+    raise ValueError(
+      f"config.mesh={dict(mesh_shape)} has no axis {axis!r}, which "
+      f"config.method.name={c.method.name!r} works on. Add it, e.g. "
+      f"--config.mesh.{axis}=-1."
+    )
+  _batch(c, mesh_shape, axis)
+  for logical, target in c.sharding.items():
+    if target not in mesh_shape or target == axis:
+      raise ValueError(
+        f"config.sharding.{logical}={target!r} must name an axis of "
+        f"config.mesh={dict(mesh_shape)} other than the method's, {axis!r}."
+      )
+
+
+def default_of(factory, option: str) -> Any:
+  """The default value of a factory's keyword-only option."""
+  return inspect.signature(factory).parameters[option].default
+
+
+def suggest(given: str, known: Iterable[str]) -> str:
+  """'Did you mean ...? It is one of ...' for the end of a message."""
+  known = sorted(known)
+  near = difflib.get_close_matches(str(given), known, n=1)
+  hint = f"Did you mean {near[0]!r}? " if near else ""
+  return f"{hint}It is one of {', '.join(known)}."
+
+
+def _batch(c, mesh_shape, axis):
+  n, k = mesh_shape[axis], c.method.get("accumulate") or 1
+  if c.batch_size % (n * k):
+    low = c.batch_size // (n * k) * n * k
+    near = f"{low} or {low + n * k}" if low else f"{n * k}"
+    raise ValueError(
+      f"config.batch_size={c.batch_size} is the global batch and must be a "
+      f"multiple of the {n} workers of config.mesh={dict(mesh_shape)} times "
+      f"config.method.accumulate={k}. Nearest: {near}, e.g. "
+      f"--config.batch_size={low + n * k}."
+    )
+  size = math.prod(mesh_shape.values())
+  if c.evaluation.batch_size % n:
+    raise ValueError(
+      f"config.evaluation.batch_size={c.evaluation.batch_size} must be a "
+      f"multiple of the {n} workers on {size} devices, e.g. "
+      f"--config.evaluation.batch_size={-(-c.evaluation.batch_size // n) * n}."
+    )
+
+
+def _choice(field, value, known):
+  if value not in known:
+    raise ValueError(f"config.{field}={value!r}. {suggest(value, known)}")
+
+
+def _at_least(field, value, low):
+  if value < low:
+    raise ValueError(f"config.{field}={value!r} must be at least {low}.")
+
+
+def _get(c, dotted):
+  for part in dotted.split("."):
+    c = c[part]
+  return c
+
+
+def _options(factory) -> list[str]:
+  """Keyword-only options of a factory that a config may set."""
+  parameters = inspect.signature(factory).parameters.values()
+  return [
+    p.name
+    for p in parameters
+    if p.kind is p.KEYWORD_ONLY and p.name not in OWN_OPTIONS
+  ]
+
+
+def _field_type(hint) -> type:
+  """bool, int, float or str; dtypes and choices are given as strings."""
+  kinds = typing.get_args(hint) or (hint,)
+  for kind in (bool, int, float):
+    if kind in kinds and str not in kinds:
+      return kind
+  return str

@@ -1,0 +1,60 @@
+"""Averages over a whole split, whatever the batches and workers."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from distrain_jax import spmd
+from distrain_jax.runners import Run
+
+
+def evaluator(
+  run: Run, sums_of: Callable[[Any, Any], Mapping[str, jax.Array]]
+) -> Callable[[Any, Iterable[Any]], dict[str, float]]:
+  """`(params, batches) -> {"loss", "accuracy"}`, averaged over all that counts.
+
+  Args:
+    run: whose mesh the batches are spread over.
+    sums_of: `(params, batch) -> {"loss_sum", "correct_sum", "weight"}`, such
+      as `models.Task.evaluate`: sums over rows, so that the last batch, which
+      is padded, counts for what it has.
+
+  Returns:
+    A function; it compiles once.
+  """
+  jitted = jax.jit(sums_of)
+
+  def evaluate(params, batches):
+    totals: dict[str, float] = {}
+    running: Mapping[str, Any] = {}
+    for batch in batches:
+      with spmd.no_current_mesh():
+        sums = jitted(params, run.put(batch))
+      _add(totals, running)  # of the batch before, while this one runs
+      running = sums
+    _add(totals, running)
+    weight = totals.pop("weight", 0.0)
+    if not weight:
+      raise ValueError("evaluate: the split has no rows that count.")
+    means = {name: total / weight for name, total in totals.items()}
+    return {"loss": means["loss_sum"], "accuracy": means["correct_sum"]}
+
+  return evaluate
+
+
+def with_bits_per_byte(
+  means: dict[str, float], bytes_per_token: float | None
+) -> dict[str, float]:
+  """Adds the loss in bits a byte of text, comparable between tokenizers."""
+  if bytes_per_token is None:
+    return means
+  return means | {
+    "bits_per_byte": means["loss"] / math.log(2) / bytes_per_token
+  }
+
+
+def _add(totals, sums):
+  for name, value in sums.items():
+    totals[name] = totals.get(name, 0.0) + float(value)

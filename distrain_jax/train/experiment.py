@@ -1,0 +1,173 @@
+"""From a config to everything that a run needs, all of it checked."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from distrain_jax import data, methods, models, runners, spmd
+from distrain_jax.method import Method, Variables, stateful
+from distrain_jax.train import config as configs
+from distrain_jax.train import optimizers
+from distrain_jax.train.evaluate import evaluator, with_bits_per_byte
+
+
+class Experiment(NamedTuple):
+  """What `train` trains; `build` makes it from a config, or make your own."""
+
+  config: ConfigDict  # as `default_config`: steps, evaluation, checkpoint, ...
+  run: runners.Run
+  key: jax.Array  # the run's key: the same at every step
+  params: Callable[[], Any]  # () -> new params, or Variables, on run.mesh
+  # () -> this process's batches: an endless iterator that Orbax can save,
+  # with get_state and set_state, as `data.train_iterator`.
+  batches: Callable[[], Iterator[Any]]
+  # (params, split) -> {"loss": ..., ...}, averaged over the split.
+  evaluate: Callable[[Any, str], Mapping[str, float]]
+
+
+def build(c: ConfigDict) -> Experiment:
+  """Checks a config and builds its experiment; compiles nothing.
+
+  Args:
+    c: `default_config()` with data, model and whatever else is changed.
+
+  Raises:
+    ValueError: for a field that cannot work, by name.
+    FileNotFoundError: if data is missing, with the command that gets it.
+  """
+  options = configs.chosen_method_options(c)
+  mesh = spmd.make_mesh(c.mesh.to_dict())
+  axis = _axis(c.method.name)
+  configs.validate(c, mesh.shape, axis)
+  dataset = data.load(c.data)
+  model, task = _model_and_task(c, dataset.info, axis)
+  method = _method(c, task, options)
+  run = runners.distribute(method, mesh)
+  key = jax.random.key(c.seed)
+  start = jax.random.fold_in(key, 0)
+  shardings = _shardings(c, model, task, dataset.info, mesh)
+  return Experiment(
+    config=c,
+    run=run,
+    key=jax.random.fold_in(key, 1),
+    params=lambda: _initial(task, start, mesh, shardings),
+    batches=lambda: data.train_iterator(
+      dataset.train,
+      batch_size=c.batch_size,
+      seed=c.seed,
+      augment=dataset.augment,
+      **_processes(),
+    ),
+    evaluate=_evaluate(c, run, task, dataset),
+  )
+
+
+def example(info: data.Info) -> dict[str, jax.ShapeDtypeStruct]:
+  """One row of a data set's batches, as shapes."""
+  if info.kind == "image":
+    return {
+      "image": jax.ShapeDtypeStruct((1, *info.shape), jnp.float32),
+      "label": jax.ShapeDtypeStruct((1,), jnp.int32),
+    }
+  tokens = jax.ShapeDtypeStruct((1, info.length), jnp.int32)
+  return {"tokens": tokens, "targets": tokens}
+
+
+def _axis(method: str) -> str:
+  """The default axis of a method's factory."""
+  return configs.default_of(methods.FACTORIES[method], "axis")
+
+
+def _model_and_task(c, info: data.Info, axis: str):
+  options = dict(c.model)
+  if not options.get("name"):
+    raise ValueError(
+      "config.model.name is not set. " + configs.suggest("", models.zoo.MODELS)
+    )
+  valid = models.valid_options(options["name"])
+  # The data decides the size of the output, unless the config does.
+  for option, size in (
+    ("classes", info.num_classes),
+    ("vocab", info.vocab_size),
+  ):
+    if option in valid and size and options.get(option) is None:
+      options[option] = size
+  if c.stats == "synchronised" and "axis_name" in valid:
+    options["axis_name"] = axis
+  options = {k: v for k, v in options.items() if v is not None}
+  model = models.create(**options)
+  loss = dict(c.loss)
+  if info.kind == "text":
+    kind, loss["bytes_per_token"] = "language_model", info.bytes_per_token
+  else:
+    kind = "classification"
+  return model, models.task(model, kind, example(info), **loss)
+
+
+def _method(c, task: models.Task, options: Mapping[str, Any]) -> Method:
+  loss_fn = task.loss_fn
+  if task.stateful:
+    loss_fn = stateful(loss_fn, stats=c.stats)
+  tx = optimizers.build(c.optimizer, c.steps)
+  method = methods.FACTORIES[c.method.name](loss_fn, tx, **options)
+  if c.bad_step.action == "skip":
+    return methods.guard(method, action="skip", spike=c.bad_step.spike)
+  if c.bad_step.spike:
+    return methods.guard(method, action="count", spike=c.bad_step.spike)
+  return method
+
+
+def _shardings(c, model, task, info, mesh: Mesh):
+  """Shardings of the initial params (or Variables) over the mesh."""
+  rules = c.sharding.to_dict()
+  names = next(iter(example(info).values()))
+  logical = models.logical_names(model, names)
+  is_names = lambda x: isinstance(x, tuple)
+  params = jax.tree.map(
+    lambda axes: NamedSharding(mesh, P(*(rules.get(a) for a in axes))),
+    logical,
+    is_leaf=is_names,
+  )
+  if not task.stateful:
+    return params
+  return Variables(params, NamedSharding(mesh, P()))
+
+
+def _initial(task, key, mesh, shardings):
+  """New parameters, made where they will lie."""
+
+  def init(key):
+    variables = task.init(key)
+    return variables if task.stateful else variables.params
+
+  if spmd.spans_processes(mesh):
+    key = spmd.to_global(key, mesh, P())
+  with spmd.no_current_mesh():
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def _processes() -> dict[str, int]:
+  return {
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+  }
+
+
+def _evaluate(c, run, task, dataset):
+  average = evaluator(run, task.evaluate)
+  bytes_per_token = dataset.info.bytes_per_token
+
+  def evaluate(params, split):
+    batches = data.eval_batches(
+      getattr(dataset, split),
+      batch_size=c.evaluation.batch_size,
+      **_processes(),
+    )
+    return with_bits_per_byte(average(params, batches), bytes_per_token)
+
+  return evaluate

@@ -1,0 +1,215 @@
+"""One loop for any method: train, evaluate, save, resume.
+
+The host reads the metrics of step n - 1 while step n runs, so that the devices
+never wait for it; where something is decided from them (a save, an
+evaluation) it waits for step n first.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from distrain_jax.train import curves
+from distrain_jax.train.checkpoint import Checkpoints
+from distrain_jax.train.experiment import Experiment
+from distrain_jax.train.interrupt import Agreement, Interrupted, StopSignal
+from distrain_jax.train.metrics import MetricsWriter, NoMetrics, read_metrics
+from distrain_jax.train.progress import Progress
+
+DRAW_EVERY = 60.0  # seconds between drawings of the curves
+
+
+class Result(NamedTuple):
+  """Of a finished run."""
+
+  state: Any
+  metrics: dict[str, float]  # of the test split: "test_loss", ...
+
+
+class BadStep(RuntimeError):
+  """The loss or gradient is not finite, or the loss jumped."""
+
+
+def train(
+  experiment: Experiment, workdir: str | Path, *, label: str = "train"
+) -> Result:
+  """Runs an experiment to its last step, from its latest checkpoint if any.
+
+  The folder gets config.json, checkpoints/, metrics.jsonl and curves.png.
+
+  Args:
+    experiment: as `build` makes it.
+    workdir: the run's folder; made if it is not there.
+    label: stands before the progress.
+
+  Raises:
+    Interrupted: after SIGTERM or SIGINT, once the state is saved; the same
+      call goes on from there.
+    BadStep: with config.bad_step.action="stop"; the last checkpoint is good.
+  """
+  folder = Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  use_compilation_cache(experiment.config.compilation_cache)
+  with Checkpoints(
+    folder / "checkpoints",
+    keep=experiment.config.checkpoint.keep,
+    keep_best=experiment.config.checkpoint.keep_best,
+  ) as checkpoints:
+    loop = _Loop(experiment, folder, checkpoints, label)
+    try:
+      with loop.writer, loop.progress:
+        return loop.go()
+    finally:
+      loop.draw()
+
+
+def use_compilation_cache(folder: str) -> None:
+  """Keeps XLA's compiled programs between processes, the small ones too."""
+  if folder and not jax.config.jax_compilation_cache_dir:
+    path = str(Path(folder).expanduser())
+    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class _Loop:
+  """The run's moving parts between steps."""
+
+  def __init__(self, experiment: Experiment, folder: Path, checkpoints, label):
+    self.x, self.c, self.run = experiment, experiment.config, experiment.run
+    self.folder, self.checkpoints, self.label = folder, checkpoints, label
+    self.first_process = jax.process_index() == 0
+    params = experiment.params()
+    self.batches = experiment.batches()
+    self.start = checkpoints.latest or 0
+    if self.start:
+      self.state = checkpoints.restore(
+        self.start, self.run, self.x.key, params, self.batches
+      )
+    else:
+      self.state = self.run.init(self.x.key, params)
+    show = self.first_process
+    self.progress = Progress(self.start, self.c.steps, label, show=show)
+    if self.start:
+      self.progress.say(f"going on from step {self.start}")
+    self.writer = self._writer() if show else NoMetrics()
+    self.drawn = time.monotonic()
+    self.saved = self.start
+    self.agreed = Agreement()
+
+  def go(self) -> Result:
+    unread = None  # (step, its metrics), while the next step runs
+    with StopSignal() as stop:
+      for step in range(self.start + 1, self.c.steps + 1):
+        self._profile(step)
+        batch = self.run.put(next(self.batches))
+        self.state, metrics = self.run.step(self.state, batch, self.x.key)
+        if unread:
+          self._read(*unread)
+        unread = (step, metrics)
+        stopping = self.agreed(stop.seen)
+        if stopping or self._due(step):
+          self._read(*unread)
+          unread = None
+          self._pause(step, stopping)
+    return Result(self.state, self._finish())
+
+  def draw(self) -> None:
+    """curves.png, from the lines so far."""
+    if self.first_process:
+      lines = {self.label: read_metrics(self.folder)}
+      curves.draw(lines, self.folder / curves.NAME)
+      self.drawn = time.monotonic()
+
+  def _read(self, step: int, metrics) -> None:
+    """Waits for a step; refuses, logs and shows its numbers."""
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    self._refuse(step, values)
+    if step % self.c.log.every == 0 or step == self.c.steps:
+      self.writer.write(step, values)
+    self.progress.update(step, values)
+
+  def _refuse(self, step, values) -> None:
+    if self.c.bad_step.action != "stop":
+      return
+    watched = {k: v for k, v in values.items() if k in ("loss", "grad_norm")}
+    bad = {k: v for k, v in watched.items() if not np.isfinite(v)}
+    if not bad and not values.get("bad_steps"):
+      return
+    raise BadStep(
+      f"Step {step}: {bad or watched} "
+      f"{'is not finite' if bad else 'is far above its running mean'}. The "
+      f"latest checkpoint, of step {self.saved}, is from before. Lower "
+      "--config.optimizer.learning_rate or set --config.method.clip_norm, or "
+      "go on without such steps: --config.bad_step.action=skip."
+    )
+
+  def _due(self, step: int) -> bool:
+    c = self.c
+    return step == c.steps or any(
+      every and step % every == 0
+      for every in (c.evaluation.every, c.checkpoint.every)
+    )
+
+  def _pause(self, step: int, stopping: bool) -> None:
+    """Evaluates and saves where it is time to."""
+    last = step == self.c.steps
+    loss = None
+    if last or _is_time(step, self.c.evaluation.every):
+      loss = self._evaluate(step, self.c.evaluation.split)["loss"]
+    if last or stopping or _is_time(step, self.c.checkpoint.every):
+      self.checkpoints.save(step, self.run, self.state, self.batches, loss)
+      self.saved = step
+    if stopping and not last:
+      self.checkpoints.wait()
+      self.progress.say(f"stopped after step {step}, which is saved")
+      raise Interrupted(step)
+
+  def _evaluate(self, step: int, split: str):
+    means = self.x.evaluate(self.run.params(self.state), split)
+    values = {f"{split}_{name}": value for name, value in means.items()}
+    self.writer.write(step, values)
+    numbers = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+    self.progress.say(f"step {step}  {numbers}")
+    if time.monotonic() - self.drawn > DRAW_EVERY:
+      self.draw()
+    return means
+
+  def _finish(self) -> dict[str, float]:
+    """The test split's numbers; those of a run that had finished are read."""
+    for line in read_metrics(self.folder):
+      if "test_loss" in line and line["step"] == self.c.steps:
+        return {k: v for k, v in line.items() if k != "step"}
+    means = self._evaluate(self.c.steps, "test")
+    return {f"test_{name}": value for name, value in means.items()}
+
+  def _writer(self) -> MetricsWriter:
+    c = self.c
+    text = c.to_json_best_effort(indent=2, sort_keys=True)
+    (self.folder / "config.json").write_text(text + "\n")
+    return MetricsWriter(
+      self.folder,
+      resume_at=self.start,
+      tensorboard=c.log.tensorboard,
+      wandb=c.log.wandb,
+      config=json.loads(text),
+    )
+
+  def _profile(self, step: int) -> None:
+    first, count = self.c.profile.start, self.c.profile.steps
+    if first < 0:
+      return
+    if step == first:
+      jax.profiler.start_trace(str(self.folder / "profile"))
+    if step == first + count:
+      jax.block_until_ready(self.state)
+      jax.profiler.stop_trace()
+      self.progress.say(f"profile of {count} steps in {self.folder}/profile")
+
+
+def _is_time(step: int, every: int) -> bool:
+  return bool(every) and step % every == 0

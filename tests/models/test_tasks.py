@@ -1,0 +1,147 @@
+"""Losses and evaluations against NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distrain_jax import models
+from distrain_jax.method import Variables
+
+KEY = jax.random.key(5)
+RNG = np.random.default_rng(0)
+IMAGES = {
+  "image": RNG.normal(size=(6, 4, 4, 3)).astype(np.float32),
+  "label": RNG.integers(0, 10, 6).astype(np.int32),
+}
+TEXT = {
+  "tokens": RNG.integers(0, 9, (3, 5)).astype(np.int32),
+  "targets": RNG.integers(0, 9, (3, 5)).astype(np.int32),
+}
+MLP = models.create("mlp", widths=(8,))
+RESNET = models.ResNet(stages=(1,), width=1 / 16, momentum=0.5)
+LLAMA = models.create(
+  "llama", vocab=9, embed=8, layers=1, heads=2, kv_heads=1, mlp=8
+)
+
+
+@functools.cache
+def start(model):
+  inputs = TEXT["tokens"] if model is LLAMA else IMAGES["image"]
+  return models.init(model, KEY, inputs)
+
+
+def log_softmax(logits):
+  logits = np.asarray(logits, np.float64)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_classification_loss_is_the_mean_cross_entropy_with_smoothing():
+  task = models.task(MLP, "classification", IMAGES, label_smoothing=0.2)
+  assert not task.stateful
+  variables = task.init(KEY)
+  assert variables.model_state == start(MLP).model_state == {}
+  loss, aux = task.loss_fn(variables.params, IMAGES, KEY)
+  logits = MLP.apply({"params": variables.params}, IMAGES["image"])
+  logs, labels = log_softmax(logits), IMAGES["label"]
+  own = np.take_along_axis(logs, labels[:, None], -1).mean()
+  np.testing.assert_allclose(loss, -0.8 * own - 0.2 * logs.mean(), rtol=1e-5)
+  hits = np.mean(logs.argmax(-1) == labels)
+  np.testing.assert_allclose(aux["accuracy"], hits, rtol=1e-6)
+
+
+def test_language_model_loss_is_the_mean_over_tokens_in_nats_and_bits():
+  task = models.task(LLAMA, "language_model", TEXT, bytes_per_token=2.0)
+  params = start(LLAMA).params
+  loss, aux = jax.jit(task.loss_fn)(params, TEXT, KEY)
+  logs = log_softmax(jax.jit(LLAMA.apply)({"params": params}, TEXT["tokens"]))
+  own = np.take_along_axis(logs, TEXT["targets"][..., None], -1).mean()
+  np.testing.assert_allclose(loss, -own, rtol=1e-5)
+  bits = -own / np.log(2) / 2
+  np.testing.assert_allclose(aux["bits_per_byte"], bits, rtol=1e-5)
+  bare = models.language_model_loss(LLAMA)
+  assert jax.eval_shape(bare, params, TEXT, KEY)[1] == {}
+
+
+def test_a_stateful_loss_returns_the_running_statistics():
+  task = models.task(RESNET, "classification", IMAGES)
+  assert task.stateful
+  params, state = start(RESNET)
+  loss, (aux, new) = jax.jit(task.loss_fn)(params, state, IMAGES, KEY)
+  assert loss.shape == aux["accuracy"].shape == ()
+  assert jax.tree.structure(new) == jax.tree.structure(state)
+  images = jnp.asarray(IMAGES["image"])
+  stem = jax.lax.conv_general_dilated(
+    images,
+    params["stem"]["kernel"],
+    (1, 1),
+    "SAME",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  mean = new["batch_stats"]["stem_norm"]["mean"]
+  np.testing.assert_allclose(mean, stem.mean((0, 1, 2)) / 2, atol=1e-6)
+
+
+def test_dropout_follows_the_key_of_the_loss():
+  loss_fn = models.classification_loss(models.create("mlp", dropout=0.5))
+  params = start(models.create("mlp")).params
+  losses = [loss_fn(params, IMAGES, jax.random.key(k))[0] for k in (0, 0, 1)]
+  assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+  "model, kind, batch, targets",
+  [
+    (MLP, "classification", IMAGES, "label"),
+    (RESNET, "classification", IMAGES, "label"),
+    (LLAMA, "language_model", TEXT, "targets"),
+  ],
+)
+def test_sums_over_padded_batches_equal_the_whole_split(
+  model, kind, batch, targets
+):
+  task = models.task(model, kind, batch)
+  variables, evaluate = start(model), jax.jit(task.evaluate)
+  rows, total = len(batch[targets]), {}
+  for first in range(0, rows, 4):  # the last batch is filled up with copies
+    indices = np.arange(first, first + 4)
+    part = {k: x[np.minimum(indices, rows - 1)] for k, x in batch.items()}
+    part["weight"] = (indices < rows).astype(np.float32)
+    if "image" in part:
+      part["image"][indices >= rows] = np.nan  # of no consequence
+    sums = evaluate(variables, part)
+    total = {k: total.get(k, 0) + sums[k] for k in sums}
+  logits = jax.jit(model.apply)(
+    {"params": variables.params, **variables.model_state},
+    batch["image" if kind == "classification" else "tokens"],
+  )
+  logs, wanted = log_softmax(logits), batch[targets]
+  own = np.take_along_axis(logs, wanted[..., None], -1).sum()
+  np.testing.assert_allclose(total["loss_sum"], -own, rtol=1e-5)
+  assert total["correct_sum"] == (logs.argmax(-1) == wanted).sum()
+  assert total["weight"] == wanted.size
+
+
+def test_evaluate_takes_bare_params_and_no_weight():
+  task = models.task(MLP, "classification", IMAGES)
+  variables = start(MLP)
+  bare = task.evaluate(variables.params, IMAGES)
+  assert bare == task.evaluate(Variables(variables.params, {}), IMAGES)
+  assert bare["weight"] == 6
+
+
+@pytest.mark.parametrize(
+  "arguments, options, message",
+  [
+    (("classify", IMAGES), {}, "kind='classify' .* Did you mean 'classifi"),
+    (("language_model", IMAGES), {}, "the example has 'image', 'label'"),
+    (("classification", IMAGES), {"label_smoothing": 1.0}, r"in \[0, 1\)"),
+    (("language_model", TEXT), {"bytes_per_token": 0}, "must be above 0"),
+  ],
+)
+def test_bad_tasks_are_refused(arguments, options, message):
+  model = LLAMA if arguments[1] is TEXT else MLP
+  with pytest.raises(ValueError, match=message):
+    models.task(model, *arguments, **options)
