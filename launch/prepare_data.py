@@ -8,10 +8,11 @@ r"""Turns text into token shards, once, for data.name='tokens'.
   python launch/prepare_data.py --out=data/stories stories.txt \
       --separator='<|endoftext|>' --train_bpe=4096
 
-Inputs: files and folders (every file below) of plain text (.txt or any other
-ending, UTF-8, a document a file), .jsonl, .json, .parquet, text also .gz; or
-tfds:NAME[:SPLIT], a TFDS data set on disk. A hash of each document puts it
-into the train, validation or test part. The folder appears when it is whole.
+Inputs: files, folders (every file below) and patterns ('src/**/*.py') of plain
+text (.txt or any other ending, UTF-8, a document a file), .jsonl, .json,
+.parquet, text and JSON also .gz; or tfds:NAME[:SPLIT], a TFDS data set on
+disk. A hash of each document puts it into the train, validation or test part.
+The folder appears when it is whole.
 
 Then: python launch/train.py --config=configs/text.py --workdir=DIR \
     --config.data.name=tokens --config.data.folder=data/notes
@@ -43,7 +44,12 @@ def parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
   )
   add = p.add_argument
-  add("inputs", nargs="+", metavar="INPUT", help="file, folder or tfds:NAME")
+  add(
+    "inputs",
+    nargs="+",
+    metavar="INPUT",
+    help="file, folder, pattern, tfds:NAME",
+  )
   add("--out", required=True, help="the folder to make")
   add("--field", default="text", help="of objects and rows: NAME[,NAME...]")
   add("--separator", help="cuts text files into documents; \\n means newline")

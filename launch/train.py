@@ -10,7 +10,7 @@ with 75 when SIGTERM or SIGINT stopped it and its state is saved.
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from distrain_jax import spmd
@@ -23,13 +23,13 @@ DEVICES = flags.DEFINE_integer(
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of several processes that the cluster started."
 )
-flags.FLAGS.set_default("verbosity", -1)  # warnings; --verbosity=0: more
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  logging.set_verbosity(logging.WARNING)  # libraries tell of every file
   if DEVICES.value is not None:
     spmd.use_cpu_devices(DEVICES.value)
   spmd.join_processes(auto=DISTRIBUTED.value)
@@ -49,5 +49,14 @@ def main(argv) -> None:
     print(f"curves: {WORKDIR.value}/curves.png")
 
 
+def parse(argv):
+  """Flags, with a config's own errors as one line."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError) as e:
+    text = str(e.args[0] if e.args else e).strip("'\"").replace("\n", " ")
+    sys.exit(f"--config: {text}")
+
+
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -6,6 +6,7 @@ file).
 """
 
 import codecs
+import glob
 import gzip
 import json
 import os
@@ -18,7 +19,10 @@ Advance = Callable[[float], object]  # bytes of input used since the last call
 
 
 def inputs(paths: Sequence[str]) -> list[str]:
-  """The files meant by files, folders (all below, by name) and tfds: names.
+  """The files meant by files, folders (all below), patterns and tfds: names.
+
+  A pattern is as in a shell, `**` any depth: "src/**/*.py". Files of a folder
+  or a pattern come in the order of their names.
 
   Raises:
     FileNotFoundError: for a path that is not there, or no file at all.
@@ -31,6 +35,9 @@ def inputs(paths: Sequence[str]) -> list[str]:
       found += _below(pathlib.Path(path))
     elif os.path.isfile(path):
       found.append(path)
+    elif glob.has_magic(path):
+      matches = sorted(glob.glob(path, recursive=True))
+      found += [p for p in matches if os.path.isfile(p)]
     else:
       raise FileNotFoundError(f"Input {path!r}: no such file or folder.")
   if not found:
@@ -105,7 +112,8 @@ def _text(path, separator, advance):
       except UnicodeDecodeError as e:
         raise ValueError(
           f"{path}: not UTF-8 text ({e.reason}, in the MiB before byte "
-          f"{opened.tell()}). Convert it, or leave it out of the input."
+          f"{opened.tell()}). Convert it, or leave it out of the input, e.g. "
+          "by a pattern: 'DIR/**/*.txt'."
         ) from e
       if separator:
         *whole, rest = "".join(parts).split(separator)

@@ -16,6 +16,7 @@ from distrain_jax.data.splits import check_fraction, part
 from distrain_jax.data.token_shards import (
   FORMAT,
   Metadata,
+  Split,
   SplitWriter,
   dtype_for,
   write_metadata,
@@ -98,33 +99,44 @@ def prepare(
   check_fraction(validation + test, "--validation + --test")
   with appearing(out, overwrite) as folder:
     tok = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer()
-    options = {
-      "dtype": dtype_for(tok.vocab_size),
-      "end_token": tok.end_token,
-      "chunk": chunk,
-      "shard_tokens": shard_tokens,
+    dtype = dtype_for(tok.vocab_size)
+    writers = {
+      name: SplitWriter(
+        folder,
+        name,
+        dtype=dtype,
+        end_token=tok.end_token,
+        chunk=chunk,
+        shard_tokens=shard_tokens,
+      )
+      for name in Splits._fields
     }
-    writers = {s: SplitWriter(folder, s, **options) for s in Splits._fields}
-    for texts in blocks(documents):
-      for text, ids in zip(texts, tok.encode(texts)):
-        raw = text.encode(errors="replace")
-        split = part(raw, validation=validation, test=test)
-        writers[split].add(ids, len(raw))
-    splits = {name: writer.close() for name, writer in writers.items()}
-    _check_parts(splits)
+    splits = _write(documents, tok, writers, validation, test)
     metadata = Metadata(
-      FORMAT,
-      tok.name,
-      tok.vocab_size,
-      tok.end_token,
-      options["dtype"],
-      chunk,
-      splits,
+      FORMAT, tok.name, tok.vocab_size, tok.end_token, dtype, chunk, splits
     )
     if tok.json is not None:
       (folder / "tokenizer.json").write_text(tok.json)
     write_metadata(folder, metadata)
   return metadata
+
+
+def _write(documents, tok, writers, validation, test) -> dict[str, Split]:
+  """Every document to its part's writer; refuses to leave a part empty."""
+  for texts in blocks(documents):
+    for text, ids in zip(texts, tok.encode(texts)):
+      raw = text.encode(errors="replace")
+      name = part(raw, validation=validation, test=test)
+      writers[name].add(ids, len(raw))
+  splits = {name: writer.close() for name, writer in writers.items()}
+  counts = {name: split.documents for name, split in splits.items()}
+  if not all(counts.values()):
+    raise ValueError(
+      f"Documents by part: {counts}; each needs one at least. Raise "
+      "--validation and --test, or cut long text files into documents with "
+      "--separator."
+    )
+  return splits
 
 
 def training_part(
@@ -150,13 +162,3 @@ def blocks(documents: Iterable[str]) -> Iterator[list[str]]:
       block, waiting = [], 0
   if block:
     yield block
-
-
-def _check_parts(splits) -> None:
-  counts = {name: split.documents for name, split in splits.items()}
-  if not all(counts.values()):
-    raise ValueError(
-      f"Documents by part: {counts}; each needs one at least. Raise "
-      "--validation and --test, or cut long text files into documents with "
-      "--separator."
-    )

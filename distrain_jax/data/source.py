@@ -17,15 +17,15 @@ Batch = dict[str, Any]  # name -> array (b, ...); or a list, if shapes differ
 
 
 class Info(NamedTuple):
-  """What the records of a source are; fields of the other kind are None."""
+  """What the records of a source are; fields of the other kind stay unset."""
 
   name: str  # of the data set, as in a config
   kind: str  # "image" or "text"
   count: int  # records in this source
   shape: tuple[int, int, int] | None = None  # (h, w, c) of a batch's images
   num_classes: int | None = None  # None: images without labels
-  mean: tuple[float, ...] | None = None  # per channel, in stored pixel units
-  std: tuple[float, ...] | None = None  # per channel, in stored pixel units
+  mean: tuple[float, ...] = (0.0,)  # per channel or one, in stored units
+  std: tuple[float, ...] = (1.0,)  # per channel or one, in stored units
   length: int | None = None  # tokens a record predicts
   vocab_size: int | None = None
   end_token: int | None = None  # closes every document

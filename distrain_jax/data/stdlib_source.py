@@ -67,16 +67,7 @@ def stdlib_text(
   check_fraction(validation_fraction, "data.validation_fraction")
   root = pathlib.Path(sysconfig.get_path("stdlib"))
   texts = dict(files(root))
-  parts: dict[str, list[np.ndarray]] = {split: [] for split in Splits._fields}
-  taken = 0
-  # Another hash than the split's, or the test part would come first.
-  for name in sorted(texts, key=lambda name: hash64(b"order " + name.encode())):
-    if max_bytes is not None and taken >= max_bytes and all(parts.values()):
-      break
-    taken += len(texts[name])
-    held = (1 - TEST) * validation_fraction
-    split = part(name.encode(), validation=held, test=TEST)
-    parts[split].append(np.frombuffer(texts[name], np.uint8))
+  parts = _by_part(texts, (1 - TEST) * validation_fraction, max_bytes)
   if not all(parts.values()):
     raise FileNotFoundError(
       f"Only {len(texts)} Python sources under {root}: this Python ships its "
@@ -93,3 +84,19 @@ def stdlib_text(
   )
   streams = (ArrayStream(pack(parts[s], END)) for s in Splits._fields)
   return Splits(*(Windows(stream, info, length) for stream in streams))
+
+
+def _by_part(
+  texts: dict[str, bytes], held: float, max_bytes: int | None
+) -> dict[str, list[np.ndarray]]:
+  """The texts of each part; `held` is validation's share of all files."""
+  parts: dict[str, list[np.ndarray]] = {split: [] for split in Splits._fields}
+  taken = 0
+  # Another hash than the split's, or the test part would come first.
+  for name in sorted(texts, key=lambda name: hash64(b"order " + name.encode())):
+    if max_bytes is not None and taken >= max_bytes and all(parts.values()):
+      break
+    taken += len(texts[name])
+    split = part(name.encode(), validation=held, test=TEST)
+    parts[split].append(np.frombuffer(texts[name], np.uint8))
+  return parts

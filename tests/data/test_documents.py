@@ -86,6 +86,8 @@ def test_folders_are_read_by_name_without_hidden_files(tmp_path):
   found = documents.inputs([str(tmp_path), "tfds:lm1b"])
   names = ["a.txt", "b/10.txt", "b/2.txt"]
   assert found == [*(str(tmp_path / n) for n in names), "tfds:lm1b"]
+  found = documents.inputs([str(tmp_path / "**" / "*0.txt")])
+  assert found == [str(tmp_path / "b/10.txt")]
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,18 @@ def test_dropout_needs_training_and_follows_its_key(small):
   assert (draw(0, False) == draw(1, False)).all()
 
 
+def test_new_weights_have_the_stated_spread_and_differ_by_layer():
+  model = models.create("llama", preset="tiny", layers=8)
+  params = models.init(model, jax.random.key(0), np.zeros((1, 2), np.int32))
+  blocks = jax.tree.map(np.asarray, params.params["blocks"])
+  for part in ("attention", "feed_forward"):
+    for name, weight in blocks[part].items():
+      branch_end = name in ("out", "down")
+      expected = 0.02 / 4 if branch_end else 0.02  # 4 = sqrt(2 * 8 layers)
+      np.testing.assert_allclose(weight.std(), expected, rtol=0.02)
+      assert (weight[0] != weight[1]).all()
+
+
 def test_a_new_model_predicts_nearly_uniformly():
   model = models.create("llama", preset="tiny")
   tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 256)

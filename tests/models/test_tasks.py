@@ -52,6 +52,15 @@ def test_classification_loss_is_the_mean_cross_entropy_with_smoothing():
   np.testing.assert_allclose(aux["accuracy"], hits, rtol=1e-6)
 
 
+def test_a_label_beyond_the_classes_makes_the_loss_nan():
+  loss_fn = models.classification_loss(MLP)
+  batch = IMAGES | {"label": np.full(6, 10, np.int32)}
+  assert np.isnan(loss_fn(start(MLP).params, batch, KEY)[0])
+  loss_fn = models.language_model_loss(LLAMA)
+  batch = TEXT | {"tokens": TEXT["tokens"] + 9}
+  assert np.isnan(jax.jit(loss_fn)(start(LLAMA).params, batch, KEY)[0])
+
+
 def test_language_model_loss_is_the_mean_over_tokens_in_nats_and_bits():
   task = models.task(LLAMA, "language_model", TEXT, bytes_per_token=2.0)
   params = start(LLAMA).params
