@@ -186,6 +186,10 @@ class _Step:
     with spmd.no_current_mesh():
       return self._for(state).lower(state, batch, key)
 
+  def trace(self, state, batch, key):
+    with spmd.no_current_mesh():
+      return self._for(state).trace(state, batch, key)
+
   def compilations(self) -> int:
     """How many programs have been compiled by calls so far."""
     return sum(jitted._cache_size() for jitted in self._jitted.values())

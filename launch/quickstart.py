@@ -1,0 +1,80 @@
+r"""Every method on scikit-learn's digits: one table, one picture.
+
+  ./launch/quickstart.sh             # in an environment of its own
+  python launch/quickstart.py        # in yours
+
+Eight workers on simulated CPU devices train a small MLP. Interrupted, it goes
+on where it was; finished methods are not trained again.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from distrain_jax import inspect, methods, spmd, train
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configs import digits
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where runs go.")
+STEPS = flags.DEFINE_integer("steps", None, "Of each run; unset: the config's.")
+WORKERS = 8
+
+ROWS = tuple(methods.FACTORIES)  # one a method, in their order
+HEADERS = (
+  "method",
+  "test accuracy",
+  "test loss",
+  "bytes sent a worker and step",
+  "bytes of state a worker",
+)
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  logging.set_verbosity(logging.WARNING)
+  spmd.use_cpu_devices(WORKERS)
+  folder = Path(WORKDIR.value)
+  table, curves = [HEADERS], {}
+  for method in ROWS:
+    table.append(one(method, folder / method))
+    curves[method] = train.read_metrics(folder / method)
+  picture = folder / "curves.png"
+  title = f"digits, {WORKERS} workers, one row of the table a curve"
+  train.draw(curves, picture, title=title)
+  print("\n" + format_table(table))
+  print(f"\ncurves: {picture}")
+
+
+def one(method: str, folder: Path) -> tuple[str, ...]:
+  """Trains one method and returns its row."""
+  config = digits.get_config()
+  config.method.name = method
+  if STEPS.value is not None:
+    config.steps = STEPS.value
+  experiment = train.build(config)
+  result = train.train(experiment, folder, label=method)
+  run, x = experiment.run, experiment
+  batch = run.put(next(x.batches()))
+  sent = inspect.bytes_sent(run, result.state, batch, x.key)
+  return (
+    method,
+    f"{result.metrics['test_accuracy']:.4f}",
+    f"{result.metrics['test_loss']:.4f}",
+    f"{sum(sent.values()):,.0f}",
+    f"{inspect.bytes_held(result.state):,}",
+  )
+
+
+def format_table(rows) -> str:
+  """Columns as wide as their widest cell; numbers to the right."""
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  pad = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[i])
+  lines = ["  ".join(pad(i, cell) for i, cell in enumerate(r)) for r in rows]
+  return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,394 @@
+"""What every method promises, for every method: one table, one contract."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import distrain_jax as dj
+from distrain_jax import spmd
+
+pytestmark = pytest.mark.core
+
+N = 4
+STEPS = 3
+
+
+def decays(params):
+  return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+# A new method adds one line: (loss_fn, tx) -> Method with its hardest settings.
+METHODS = {
+  "ddp": lambda loss_fn, tx: dj.ddp(loss_fn, tx, accumulate=2, clip_norm=0.3),
+  "zero1": lambda loss_fn, tx: dj.zero1(
+    loss_fn, tx, accumulate=2, clip_norm=0.3
+  ),
+  "zero1_low": lambda loss_fn, tx: dj.zero1(
+    loss_fn,
+    tx,
+    accumulate=2,
+    clip_norm=0.3,
+    wire_dtype="bfloat16",
+    param_dtype="bfloat16",
+  ),
+  "guarded": lambda loss_fn, tx: dj.guard(
+    dj.zero1(loss_fn, tx, accumulate=2), spike=3.0
+  ),
+}
+# Numbers that travel in bfloat16 are summed in another order or precision.
+ROUNDING = {"zero1_low": 2e-2}
+OPTIMIZERS = {
+  "sgd": lambda: optax.sgd(0.05),
+  "momentum": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
+  "adamw": lambda: optax.adamw(
+    optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 9), mask=decays
+  ),
+}
+
+
+def loss_fn(params, batch, key):
+  """A small net, dropout on its input, and a draw that shows the key."""
+  keep = jax.random.bernoulli(key, 0.9, batch["x"].shape)
+  x = (batch["x"] * keep).astype(params["w"].dtype)
+  hidden = jnp.tanh(x @ params["w"] + params["b"])
+  error = params["gain"] * (hidden @ params["v"]) - batch["y"]
+  return jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error))}
+
+
+def make_params(dtype=jnp.float32):
+  """Sizes 15, 5, 5 and 1: nothing divides by the workers; one is a scalar."""
+  keys = jax.random.split(jax.random.key(1), 2)
+  params = {
+    "w": jax.random.normal(keys[0], (3, 5)),
+    "b": jnp.zeros(5),
+    "v": jax.random.normal(keys[1], (5,)),
+    "gain": jnp.ones(()),
+  }
+  return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def make_batch(rows=16):
+  rng = np.random.default_rng(2)
+  x = rng.normal(size=(rows, 3)).astype(np.float32)
+  return {"x": x, "y": np.sin(x.sum(1))}
+
+
+KEY = functools.partial(jax.random.key, 3)
+
+
+class Started(NamedTuple):
+  name: str
+  run: dj.Run
+  params: dict
+  saved: object  # the state after one step, as a checkpoint holds it
+  like: object  # the state's shapes and shardings
+
+  def state(self):
+    """A fresh copy of the saved state: a step donates what it is given."""
+    put = lambda x, like: jax.device_put(x, like.sharding)
+    return jax.tree.map(put, self.saved, self.like)
+
+
+def start(name, optimizer, mesh):
+  method = METHODS[name](loss_fn, OPTIMIZERS[optimizer]())
+  if mesh is None:
+    run = dj.simulate(method, workers=N)
+  else:
+    run = dj.distribute(method, mesh)
+  params = make_params()
+  like = run.abstract(KEY(), params)
+  state, _ = run.step(run.init(KEY(), params), make_batch(), KEY())
+  return Started(name, run, params, jax.tree.map(np.asarray, state), like)
+
+
+@pytest.fixture(scope="module")
+def cases(mesh):
+  """(method, optimizer, runner) -> Started, compiled once."""
+
+  @functools.cache
+  def case(name, optimizer, runner):
+    return start(name, optimizer, mesh(N) if runner == "distribute" else None)
+
+  return case
+
+
+@pytest.fixture(params=METHODS)
+def name(request):
+  return request.param
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def optimizer(request):
+  return request.param
+
+
+@pytest.fixture(params=["simulate", "distribute"])
+def started(request, cases, name, optimizer):
+  return cases(name, optimizer, request.param)
+
+
+@pytest.fixture(params=["simulate", "distribute"])
+def adamw(request, cases, name):
+  """Where the optimizer makes no difference, the one with most state."""
+  return cases(name, "adamw", request.param)
+
+
+def steps(run, state, count=STEPS, key=None):
+  for _ in range(count):
+    state, metrics = run.step(
+      state, make_batch(), KEY() if key is None else key
+    )
+  return state, metrics
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_near(a, b, tolerance):
+  def one(x, y):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+  jax.tree.map(one, a, b)
+
+
+def kinds(tree):
+  """Structure, shapes, dtypes."""
+  return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def test_a_step_keeps_structure_shapes_dtypes_and_shardings(started):
+  before = started.run.init(KEY(), started.params)
+  assert kinds(before) == kinds(started.like)
+  placed = lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim)
+  assert jax.tree.all(jax.tree.map(placed, before, started.like))
+  after, metrics = started.run.step(before, make_batch(), KEY())
+  assert kinds(after) == kinds(started.like)
+  assert jax.tree.all(jax.tree.map(placed, after, started.like))
+  assert {"loss", "grad_norm", "mae"} <= set(metrics)
+  assert all(x.shape == () for x in metrics.values())
+
+
+def test_no_step_compiles_again(started):
+  steps(started.run, started.run.init(KEY(), started.params))
+  assert started.run.step.compilations() == 1
+
+
+def test_simulated_equals_distributed(cases, name, optimizer):
+  simulated, distributed = (
+    cases(name, optimizer, runner) for runner in ("simulate", "distribute")
+  )
+  results = []
+  for case in (simulated, distributed):
+    state, metrics = steps(case.run, case.run.init(KEY(), case.params))
+    results.append((case.run.params(state), metrics))
+  assert_near(*results, tolerance=ROUNDING.get(name, 2e-6))
+
+
+def test_a_restored_run_equals_an_uninterrupted_one_bit_for_bit(started):
+  state = started.run.init(KEY(), started.params)
+  state, _ = steps(started.run, state, count=1)
+  assert_equal(state, started.saved)  # so two runs from one key are equal
+  uninterrupted = steps(started.run, state, count=2)
+  resumed = steps(started.run, started.state(), count=2)
+  assert_equal(resumed, uninterrupted)
+  assert started.run.step.compilations() == 1
+
+
+def test_training_lowers_the_loss(started):
+  state, first = steps(started.run, started.state(), count=1)
+  _, last = steps(started.run, state, count=15)
+  assert float(last["loss"]) < float(first["loss"])
+
+
+def every_worker(method, specs):
+  """Prefix of specs under which each worker's own value comes back."""
+  each = lambda spec: P(method.axis)
+  return jax.tree.map(each, specs, is_leaf=lambda x: isinstance(x, P))
+
+
+@pytest.mark.parametrize("runner", ["simulate", "distribute"])
+def test_what_is_declared_replicated_is_equal_on_all_workers(
+  runner, cases, mesh, name
+):
+  case = cases(name, "adamw", runner)
+  method, each, same = case.run.method, P("data"), P()
+  if runner == "simulate":
+    make = spmd.vmap_runner("data", N)
+  else:
+    make = spmd.mesh_runner(mesh(N), "data")
+  step = jax.jit(
+    make(
+      method.step,
+      (method.specs, each, same),
+      (every_worker(method, method.specs), each),
+    )
+  )
+  batch = spmd.split_rows(make_batch(), N)
+  state, metrics = step(case.state(), batch, KEY())
+  model = jax.jit(make(method.params, (method.specs,), each))(case.state())
+
+  def rows_equal(x):
+    assert x.shape[0] == N
+    for row in np.asarray(x)[1:]:
+      np.testing.assert_array_equal(row, np.asarray(x)[0])
+
+  def check(spec, tree):
+    if not spec:
+      jax.tree.map(rows_equal, tree)
+
+  is_spec = lambda x: isinstance(x, P)
+  jax.tree.map(check, method.specs, state, is_leaf=is_spec)
+  jax.tree.map(rows_equal, (metrics, model))
+
+
+def test_a_step_donates_its_state_but_nothing_of_the_callers(adamw):
+  params = make_params()
+  state = adamw.run.init(KEY(), params)
+  model = adamw.run.params(state)
+  after, _ = adamw.run.step(state, make_batch(), KEY())
+  assert all(x.is_deleted() for x in jax.tree.leaves(state))
+  assert not any(x.is_deleted() for x in jax.tree.leaves((params, model)))
+  assert_equal(params, make_params())
+  assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+
+
+def test_without_donation_the_old_state_stays(name):
+  method = METHODS[name](loss_fn, optax.adam(1e-2))
+  run = dj.simulate(method, workers=2, donate=False)
+  state = run.init(KEY(), make_params())
+  once, again = (run.step(state, make_batch(), KEY()) for _ in range(2))
+  assert_equal(once, again)
+
+
+def test_another_key_gives_another_result(adamw):
+  _, one = steps(adamw.run, adamw.state(), count=1)
+  _, two = steps(adamw.run, adamw.state(), count=1, key=jax.random.key(4))
+  assert float(one["loss"]) != float(two["loss"])
+
+
+def test_abstract_computes_nothing_and_equals_what_init_returns(adamw):
+  shapes = jax.eval_shape(make_params)  # no array anywhere
+  like = adamw.run.abstract(KEY(), shapes)
+  assert kinds(like) == kinds(adamw.run.init(KEY(), make_params()))
+
+
+def test_one_worker(name, mesh):
+  method = METHODS[name](loss_fn, OPTIMIZERS["adamw"]())
+  results = []
+  for run in (dj.simulate(method, workers=1), dj.distribute(method, mesh(1))):
+    state, metrics = steps(run, run.init(KEY(), make_params()))
+    assert run.step.compilations() == 1
+    results.append((run.params(state), metrics))
+  assert_near(*results, tolerance=ROUNDING.get(name, 2e-6))
+
+
+@pytest.mark.parametrize("runner", ["simulate", "distribute"])
+def test_bfloat16_parameters_stay_so_and_learn(name, runner, mesh):
+  method = METHODS[name](loss_fn, optax.adamw(1e-2))
+  if runner == "simulate":
+    run = dj.simulate(method, workers=N)
+  else:
+    run = dj.distribute(method, mesh(N))
+  params = make_params(jnp.bfloat16)
+  state, first = steps(run, run.init(KEY(), params), count=1)
+  state, last = steps(run, state, count=15)
+  assert kinds(run.params(state)) == kinds(params)
+  assert float(last["loss"]) < float(first["loss"])
+  assert run.step.compilations() == 1
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["kernel", "rest"],
+  meta_fields=["activation"],
+)
+class Node:
+  """Like an Equinox module: arrays, and something static that is not one."""
+
+  def __init__(self, kernel, rest, activation=jnp.tanh):
+    self.kernel, self.rest, self.activation = kernel, rest, activation
+
+
+class Pair(NamedTuple):
+  left: object
+  right: object
+
+
+def foreign(p):
+  """The same parameters as a mixture of containers, with a hole in it."""
+  return Node(Pair([p["w"], {"b": p["b"]}], None), (p["v"], p["gain"]))
+
+
+def native(node):
+  (w, rest), (v, gain) = node.kernel.left, node.rest
+  return {"w": w, "b": rest["b"], "v": v, "gain": gain}
+
+
+def test_any_pytree_of_parameters_trains_alike(name, cases):
+  def foreign_loss(node, batch, key):
+    assert node.activation is jnp.tanh
+    return loss_fn(native(node), batch, key)
+
+  method = METHODS[name](foreign_loss, OPTIMIZERS["adamw"]())
+  run = dj.simulate(method, workers=N)
+  state, _ = steps(run, run.init(KEY(), foreign(make_params())))
+  known = cases(name, "adamw", "simulate").run
+  expected, _ = steps(known, known.init(KEY(), make_params()))
+  model, expected = run.params(state), known.params(expected)
+  assert jax.tree.structure(model) == jax.tree.structure(foreign(expected))
+  # The same but for the order of the sums in the gradient's norm.
+  assert_near(native(model), expected, ROUNDING.get(name, 2e-6))
+
+
+def test_a_model_of_one_scalar_trains(name):
+  def loss(scalar, batch, key):
+    return jnp.mean((scalar * batch["x"] - 1.0) ** 2), {}
+
+  run = dj.simulate(METHODS[name](loss, optax.adam(0.1)), workers=8)
+  state = run.init(KEY(), jnp.ones(()))
+  batch = {"x": np.full(16, 2.0, np.float32)}
+  for _ in range(60):
+    state, _ = run.step(state, batch, KEY())
+  model = run.params(state)
+  assert model.shape == ()
+  np.testing.assert_allclose(np.float32(model), 0.5, atol=0.02)
+
+
+def draws(run, workers, count):
+  """(count, workers): what each worker drew at each step."""
+  batch = {"worker": np.repeat(np.arange(workers), 2)}
+  state, out = run.init(KEY(), jnp.ones(3)), []
+  for _ in range(count):
+    state, metrics = run.step(state, batch, KEY())
+    out.append([float(metrics[f"w{w}"]) * workers for w in range(workers)])
+  return np.array(out)
+
+
+def drawing_loss(workers):
+  """Metric w{i} is worker i's draw / workers: a method averages its aux."""
+
+  def loss(params, batch, key):
+    mine = batch["worker"][0]
+    u = jax.random.uniform(key)
+    aux = {f"w{w}": jnp.where(mine == w, u, 0.0) for w in range(workers)}
+    return jnp.sum(params) ** 2, aux
+
+  return loss
+
+
+def test_keys_differ_by_worker_and_step_and_not_by_device_count(name, mesh):
+  make = lambda workers: METHODS[name](drawing_loss(workers), optax.sgd(0.01))
+  many = draws(dj.simulate(make(8), workers=8), 8, 3)
+  assert len(np.unique(many.round(5))) == many.size
+  few = draws(dj.simulate(make(2), workers=2), 2, 3)
+  np.testing.assert_allclose(few, many[:, :2], rtol=1e-5)
+  real = draws(dj.distribute(make(8), mesh(8)), 8, 2)
+  np.testing.assert_allclose(real, many[:2], rtol=1e-5)
