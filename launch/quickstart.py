@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from distrain_jax import inspect, methods, spmd, train
+from distrain_jax.train import curves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs import digits
@@ -26,8 +27,8 @@ HEADERS = (
   "method",
   "test accuracy",
   "test loss",
-  "bytes sent a worker and step",
-  "bytes of state a worker",
+  "bytes a worker sends per step",
+  "bytes of state a worker holds",
 )
 
 
@@ -37,13 +38,12 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)
   spmd.use_cpu_devices(WORKERS)
   folder = Path(WORKDIR.value)
-  table, curves = [HEADERS], {}
+  table, runs = [HEADERS], {}
   for method in ROWS:
     table.append(one(method, folder / method))
-    curves[method] = train.read_metrics(folder / method)
-  picture = folder / "curves.png"
-  title = f"digits, {WORKERS} workers, one row of the table a curve"
-  train.draw(curves, picture, title=title)
+    runs[method] = train.read_metrics(folder / method)
+  picture = folder / "quickstart.png"
+  draw(table, runs, picture)
   print("\n" + format_table(table))
   print(f"\ncurves: {picture}")
 
@@ -66,6 +66,32 @@ def one(method: str, folder: Path) -> tuple[str, ...]:
     f"{sum(sent.values()):,.0f}",
     f"{inspect.bytes_held(result.state):,}",
   )
+
+
+def draw(table, runs, path: Path) -> None:
+  """What was learned, and what it cost: curves above, bytes below."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(9, 5.6), layout="constrained")
+  FigureCanvasAgg(figure)
+  above, below = figure.subplots(2, 2, height_ratios=(3, 2))
+  for axes, metric in zip(above, ("loss", "validation_accuracy")):
+    curves.panel(axes, runs, metric)
+  methods_shown = [row[0] for row in table[1:]]
+  for axes, column in zip(below, (3, 4)):
+    sizes = [float(row[column].replace(",", "")) / 1024 for row in table[1:]]
+    bars = axes.barh(methods_shown, sizes, color=colours(len(sizes)))
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.set(title=f"{HEADERS[column]}, in KiB", xlim=(0, 1.15 * max(sizes)))
+    axes.invert_yaxis()
+  figure.suptitle(f"scikit-learn's digits, a small MLP, {WORKERS} workers")
+  figure.savefig(path, dpi=130)
+
+
+def colours(count: int) -> list[str]:
+  """The colours that Matplotlib gives to the first curves."""
+  return [f"C{i}" for i in range(count)]
 
 
 def format_table(rows) -> str:

@@ -139,7 +139,9 @@ def _init(model: nn.Module, key: jax.Array, example: Any) -> Variables:
   """Boxed variables. Under jit, where the unused forward pass is dropped."""
 
   def run(key):
-    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    # A NumPy example may be float64, which JAX would only warn about.
+    dtype = jax.dtypes.canonicalize_dtype
+    zeros = lambda x: jnp.zeros(x.shape, dtype(x.dtype))
     state = dict(model.init(key, jax.tree.map(zeros, example)))
     return Variables(state.pop("params"), state)
 

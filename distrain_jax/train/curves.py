@@ -24,22 +24,30 @@ def draw(
   panels = _panels(runs)
   figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
   FigureCanvasAgg(figure)
-  for axes, (name, curves) in zip(
-    figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
+  for axes, name in zip(
+    figure.subplots(1, len(panels), squeeze=False)[0], panels
   ):
-    for i, (label, points) in enumerate(curves):
-      # Equal methods give equal curves: dashes let the ones below show.
-      style = ("-", "--", ":", "-.")[i % 4]
-      steps, values = zip(*points)
-      marker = "o" if len(points) < 12 else None
-      axes.plot(steps, values, style, label=label, lw=1.6, marker=marker, ms=4)
-    axes.set(xlabel="step", title=name)
-    axes.grid(alpha=0.3)
-    if len(runs) > 1:
-      axes.legend(frameon=False)
+    panel(axes, runs, name)
   if title:
     figure.suptitle(title)
   figure.savefig(path, dpi=130)
+
+
+def panel(
+  axes: Any, runs: Mapping[str, list[dict[str, Any]]], name: str
+) -> None:
+  """One metric of several runs, against the step, on Matplotlib axes."""
+  for i, (label, lines) in enumerate(runs.items()):
+    points = [(x["step"], x[name]) for x in lines if name in x]
+    # Equal methods give equal curves: dashes let the ones below show.
+    style = ("-", "--", ":", "-.")[i % 4]
+    marker = "o" if len(points) < 12 else None
+    x, y = zip(*points) if points else ((), ())
+    axes.plot(x, y, style, label=label, lw=1.6, marker=marker, ms=4)
+  axes.set(xlabel="step", title=TITLES.get(name, name))
+  axes.grid(alpha=0.3)
+  if len(runs) > 1:
+    axes.legend(frameon=False)
 
 
 # Shown in this order where they were logged; units in the panel's title.
@@ -52,12 +60,7 @@ TITLES = {
 }
 
 
-def _panels(runs) -> dict[str, list[tuple[str, list[tuple[int, float]]]]]:
-  """Panel title -> [(label, [(step, value)])]."""
-  panels: dict[str, list[Any]] = {}
-  for name, title in TITLES.items():
-    for label, lines in runs.items():
-      points = [(x["step"], x[name]) for x in lines if name in x]
-      if points:
-        panels.setdefault(title, []).append((label, points))
-  return panels or {"no metrics yet": []}
+def _panels(runs) -> list[str]:
+  """The metrics that some run has; one empty panel where there is none yet."""
+  logged = {name for lines in runs.values() for x in lines for name in x}
+  return [name for name in TITLES if name in logged] or ["loss"]

@@ -56,7 +56,7 @@ def loss_fn(params, batch, key):
   """A small net, dropout on its input, and a draw that shows the key."""
   keep = jax.random.bernoulli(key, 0.9, batch["x"].shape)
   x = (batch["x"] * keep).astype(params["w"].dtype)
-  hidden = jnp.tanh(x @ params["w"] + params["b"])
+  hidden = jnp.tanh(x @ params["w"] + params["b"][None])
   error = params["gain"] * (hidden @ params["v"]) - batch["y"]
   return jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error))}
 

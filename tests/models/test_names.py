@@ -16,12 +16,12 @@ NARROW = {"width": 1 / 8, "group_size": 2, "zero_last_scale": False}
 SMALL = {"embed": 16, "layers": 4, "heads": 8, "kv_heads": 4, "mlp": 12}
 MODELS = {
   "mlp": (models.create("mlp", widths=(12, 8)), IMAGES),
-  "resnet": (models.ResNet(stages=(1, 2), **NARROW), IMAGES),
+  "resnet": (models.ResNet(stages=(1, 1), **NARROW), IMAGES),
   "bottleneck": (
-    models.ResNet(stages=(1, 1), bottleneck=True, stem="imagenet", **NARROW),
+    models.ResNet(stages=(1,), bottleneck=True, stem="imagenet", **NARROW),
     IMAGES,
   ),
-  "group norm": (models.ResNet(stages=(1, 1), norm="group", **NARROW), IMAGES),
+  "group norm": (models.ResNet(stages=(1,), norm="group", **NARROW), IMAGES),
   "llama": (models.create("llama", **SMALL), TOKENS),
   "llama, tied, not scanned": (
     models.create("llama", **SMALL, tied=True, scan=False),

@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import distrain_jax as dj
 from distrain_jax import models
 from distrain_jax.method import Variables
 
@@ -139,6 +141,27 @@ def test_evaluate_takes_bare_params_and_no_weight():
   bare = task.evaluate(variables.params, IMAGES)
   assert bare == task.evaluate(Variables(variables.params, {}), IMAGES)
   assert bare["weight"] == 6
+
+
+def test_with_synchronised_statistics_the_number_of_workers_is_of_no_effect(
+  mesh,
+):
+  model = models.ResNet(stages=(1,), width=1 / 16, axis_name="data")
+  batch = jax.tree.map(lambda x: np.concatenate([x, x[:2]]), IMAGES)  # 8 rows
+  task = models.task(model, "classification", batch)
+  loss_fn = dj.stateful(task.loss_fn, stats="synchronised")
+  method = dj.ddp(loss_fn, optax.sgd(0.5))
+
+  def train(run):
+    state = run.init(KEY, start(RESNET))
+    for _ in range(2):
+      state, metrics = run.step(state, batch, KEY)
+    return jax.device_get((run.params(state), metrics))
+
+  alone = train(dj.simulate(method, workers=1))
+  four = train(dj.distribute(method, mesh(4)))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, alone, four)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+r"""Python's standard library, byte by byte, with a tiny Llama.
+
+  python launch/train.py --config=configs/text.py --workdir=runs/text \
+    --devices=8
+
+803,968 parameters.
+"""
+
+from ml_collections import ConfigDict
+
+from distrain_jax.train import default_config
+
+
+def get_config(arg: str | None = None):
+  """`:quick` takes 20 steps."""
+  c = default_config()
+  c.steps = 20 if arg == "quick" else 400
+  c.batch_size = 32  # sequences: 4,096 bytes a step
+  c.data.name = "stdlib_text"
+  c.data.length = 128
+  c.model = ConfigDict({"name": "llama", "preset": "tiny"})
+  c.method.clip_norm = 1.0
+  c.optimizer.learning_rate = 3e-3
+  c.optimizer.warmup_steps = 20
+  c.optimizer.b2 = 0.95
+  c.optimizer.weight_decay = 0.1
+  c.evaluation.every = 100
+  c.checkpoint.every = 100
+  return c.lock()

@@ -1,0 +1,117 @@
+"""Bytes sent and held, against arithmetic by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import distrain_jax as dj
+from distrain_jax import inspect
+from distrain_jax.method import Method
+
+pytestmark = pytest.mark.core
+P = jax.sharding.PartitionSpec
+N, SIZE = 4, 4096  # workers, parameters
+
+
+def loss_fn(params, batch, key):
+  return jnp.mean((batch @ params) ** 2), {}
+
+
+def made_of(step):
+  """A method around a step, with a vector for its state."""
+  init = lambda key, params: params
+  return Method("test", "data", init, step, lambda s: s, P())
+
+
+def sent(method, mesh, params=None, rows=N):
+  params = np.zeros(SIZE, np.float32) if params is None else params
+  run, key = dj.distribute(method, mesh), jax.random.key(0)
+  batch = np.ones((rows, SIZE), np.float32)
+  return inspect.bytes_sent(run, run.abstract(key, params), batch, key)
+
+
+@pytest.mark.parametrize(
+  ("collective", "kind", "expected"),
+  [
+    (lambda x: jax.lax.psum(x, "data"), "psum", 2 * 4 * SIZE * 3 / 4),
+    (
+      lambda x: jax.lax.psum_scatter(x, "data", tiled=True),
+      "reduce_scatter",
+      4 * SIZE * 3 / 4,
+    ),
+    (lambda x: jax.lax.all_gather(x[:8], "data"), "all_gather", 4 * 8 * 3),
+    (
+      lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]),
+      "ppermute",
+      4 * SIZE,
+    ),
+    (
+      lambda x: jax.lax.all_to_all(x.reshape(N, -1), "data", 0, 0),
+      "all_to_all",
+      4 * SIZE * 3 / 4,
+    ),
+  ],
+)
+def test_each_collective_sends_what_its_ring_does(
+  mesh, collective, kind, expected
+):
+  step = lambda s, b, k: (s + 0 * collective(s).sum(), {"loss": s[0]})
+  assert sent(made_of(step), mesh(N)) == {kind: expected}
+
+
+def test_a_collective_in_a_scan_counts_once_a_trip(mesh):
+  def step(s, b, k):
+    body = lambda c, _: (jax.lax.psum(c, "data") / N, None)
+    return jax.lax.scan(body, s, length=5)[0], {"loss": s[0]}
+
+  assert sent(made_of(step), mesh(N)) == {"psum": 5 * 2 * 4 * SIZE * 3 / 4}
+
+
+def test_of_a_conditional_the_dearest_branch_counts(mesh):
+  def step(s, b, k):
+    big, small = (lambda x: jax.lax.psum(x, "data")), (lambda x: x)
+    return jax.lax.cond(s[0] > 0, big, small, s), {"loss": s[0]}
+
+  assert sent(made_of(step), mesh(N)) == {"psum": 2 * 4 * SIZE * 3 / 4}
+
+
+def test_an_unbounded_loop_is_refused_rather_than_counted_as_one(mesh):
+  def step(s, b, k):
+    body = lambda x: jax.lax.psum(x, "data")
+    return jax.lax.while_loop(lambda x: x[0] > 0, body, s), {"loss": s[0]}
+
+  with pytest.raises(ValueError, match="while loop"):
+    sent(made_of(step), mesh(N))
+
+
+def test_zero1_sends_what_ddp_sends(mesh):
+  scalars = 64  # loss and norm
+  for method in (dj.ddp, dj.zero1):
+    total = sum(sent(method(loss_fn, optax.adam(0.1)), mesh(N)).values())
+    assert 0 <= total - 2 * 4 * SIZE * 3 / 4 <= scalars
+
+
+def test_accumulating_sends_no_more(mesh):
+  once = sent(dj.ddp(loss_fn, optax.adam(0.1)), mesh(N), rows=4 * N)
+  four = dj.ddp(loss_fn, optax.adam(0.1), accumulate=4)
+  assert sent(four, mesh(N), rows=4 * N) == once
+
+
+def test_a_simulated_run_is_refused():
+  run = dj.simulate(dj.ddp(loss_fn, optax.sgd(0.1)), workers=2)
+  with pytest.raises(ValueError, match="simulated"):
+    inspect.bytes_sent(run, None, None, None)
+
+
+def test_state_held_is_that_of_one_worker(mesh):
+  params, key = np.zeros(SIZE, np.float32), jax.random.key(0)
+  tx = optax.adam(0.1)
+  counts = 8  # step and the optimizer's
+  ddp = dj.distribute(dj.ddp(loss_fn, tx), mesh(N))
+  zero1 = dj.distribute(dj.zero1(loss_fn, tx), mesh(N))
+  for run, expected in ((ddp, 12 * SIZE), (zero1, (4 + 8 / N) * SIZE)):
+    state = run.init(key, params)
+    assert inspect.bytes_held(state) == expected + counts
+    assert inspect.bytes_held(run.abstract(key, params)) == expected + counts
