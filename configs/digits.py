@@ -11,8 +11,11 @@ from distrain_jax.train import default_config
 
 def get_config(arg: str | None = None):
   """`:quick` takes 20 steps."""
+  steps = {None: 300, "quick": 20}
+  if arg not in steps:
+    raise ValueError(f"configs/digits.py:{arg}: only :quick, or none.")
   c = default_config()
-  c.steps = 20 if arg == "quick" else 300
+  c.steps = steps[arg]
   c.batch_size = 128
   c.data.name = "digits"
   c.model = ConfigDict({"name": "mlp", "widths": (128, 128)})

@@ -14,8 +14,11 @@ from distrain_jax.train import default_config
 
 def get_config(arg: str | None = None):
   """`:quick` takes 20 steps."""
+  steps = {None: 420, "quick": 20}
+  if arg not in steps:
+    raise ValueError(f"configs/fashion_mnist.py:{arg}: only :quick, or none.")
   c = default_config()
-  c.steps = 20 if arg == "quick" else 420  # an epoch is 421.875
+  c.steps = steps[arg]  # an epoch is 421.875
   c.batch_size = 128
   c.data.name = "fashion_mnist"
   c.data.augment = ("pad_crop:2", "flip")

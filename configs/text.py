@@ -13,8 +13,11 @@ from distrain_jax.train import default_config
 
 def get_config(arg: str | None = None):
   """`:quick` takes 20 steps."""
+  steps = {None: 400, "quick": 20}
+  if arg not in steps:
+    raise ValueError(f"configs/text.py:{arg}: only :quick, or none.")
   c = default_config()
-  c.steps = 20 if arg == "quick" else 400
+  c.steps = steps[arg]
   c.batch_size = 32  # sequences: 4,096 bytes a step
   c.data.name = "stdlib_text"
   c.data.length = 128

@@ -67,8 +67,12 @@ def gradient_fn(
 
   def with_state(params, model_state, batch, key):
     if isinstance(loss_fn, StatefulLoss):
-      return loss_fn.fn(params, model_state, batch, key)
-    loss, aux = loss_fn(params, batch, key)
+      out = loss_fn.fn(params, model_state, batch, key)
+      loss, second = _pair(out, "(loss, (aux, model_state))")
+      aux, model_state = _pair(second, "(loss, (aux, model_state))")
+    else:
+      loss, aux = _pair(loss_fn(params, batch, key), "(loss, aux)")
+    _check_loss(loss, aux)
     return loss, (aux, model_state)
 
   value_and_grad = jax.value_and_grad(with_state, has_aux=True)
@@ -96,6 +100,28 @@ def gradient_fn(
     return Gradient(*means, total.model_state)
 
   return one if accumulate == 1 else many
+
+
+def _pair(out, form: str):
+  if isinstance(out, tuple) and len(out) == 2:
+    return out
+  raise TypeError(
+    f"loss_fn must return {form}; it returned {type(out).__name__}. Without "
+    "metrics of its own, aux is {}."
+  )
+
+
+def _check_loss(loss, aux) -> None:
+  if jnp.shape(loss) != ():
+    raise ValueError(
+      f"loss_fn must return a scalar loss, the mean over the batch's rows; got "
+      f"shape {jnp.shape(loss)}. Add .mean()."
+    )
+  if not isinstance(aux, dict) or any(map(jnp.ndim, jax.tree.leaves(aux))):
+    raise TypeError(
+      "loss_fn's aux must be a dict of scalars, which are averaged over the "
+      f"workers; got {jax.tree.map(jnp.shape, aux)}."
+    )
 
 
 def clip_scale(norm: jax.Array, clip_norm: float | None) -> jax.Array:

@@ -163,6 +163,7 @@ class _Step:
   def __init__(self, fn, mesh, axis, donate):
     self._fn, self._mesh, self._axis = fn, mesh, axis
     self._donate = (0,) if donate else ()
+    self._many = mesh is not None and spmd.spans_processes(mesh)
     # Other axes are XLA's to choose, and it forgets an axis of one worker.
     workers = 1 if mesh is None else mesh.shape[axis]
     self._pin = mesh is not None and (workers == 1 or mesh.size > workers)
@@ -172,7 +173,7 @@ class _Step:
     self._running = None
 
   def __call__(self, state, batch, key):
-    if self._mesh is not None and spmd.spans_processes(self._mesh):
+    if self._many:
       key = spmd.to_global(key, self._mesh, P())
       batch = spmd.to_global(batch, self._mesh, P(self._axis))
     if self._one_in_flight:

@@ -32,7 +32,7 @@ def valid_options(name: str) -> tuple[str, ...]:
   >>> valid_options("mlp")[:4]
   ('activation', 'classes', 'dropout', 'dtype')
   """
-  fields = dataclasses.fields(pick("model name", name, MODELS))
+  fields = dataclasses.fields(pick("models: name", name, MODELS))
   mine = {"parent", "name", *RESNETS.get(name, ())}
   names = {field.name for field in fields if field.init} - mine
   return tuple(sorted(names | {"preset"} if name == "llama" else names))

@@ -5,6 +5,7 @@ workers, and how a save that was cut short leaves no trace.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
+from distrain_jax import spmd
 from distrain_jax.runners import Run, simulate
 
 
@@ -64,9 +66,8 @@ class Checkpoints:
 
   def best(self) -> int | None:
     """The step of the checkpoint with the lowest evaluated loss."""
-    known = [c for c in self._orbax.checkpoints if c.metrics]
-    best = min(known, key=lambda c: c.metrics["loss"], default=None)
-    return best.step if best else None
+    best = _lowest(self._orbax.checkpoints, 1)
+    return best[0].step if best else None
 
   def save(
     self, step: int, run: Run, state: Any, batches: Any, loss: float | None
@@ -98,10 +99,11 @@ class Checkpoints:
       batches: a fresh data iterator, which is set to where it was.
 
     Raises:
-      ValueError: for a checkpoint of another method, or if the method cannot
-        change its number of workers.
+      ValueError: for a checkpoint of another method, model or optimizer, or of
+        other data, or if the method cannot change its number of workers.
     """
-    saved = self._orbax.checkpointables_metadata(step).custom_metadata
+    metadata = self._orbax.checkpointables_metadata(step)
+    saved = metadata.custom_metadata
     if saved["method"] != run.method.name:
       raise ValueError(
         f"The checkpoint at step {step} in {self._orbax.directory} is of "
@@ -109,16 +111,39 @@ class Checkpoints:
         f"--config.method.name={saved['method']}, or start in another folder."
       )
     same = saved["workers"] == run.workers
-    like = run.abstract(key, params)
+    mine = like = run.abstract(key, params)
     if not same:
+      if run.method.reshard is None:
+        run.adopt(None)  # says why it cannot, before anything is read
       like = _of_other_workers(run, saved["workers"], key, params)
-    wanted = {"state": like, "data": batches}
-    state = self._orbax.load_checkpointables(step, wanted)["state"]
-    return state if same else run.adopt(state)
+    self._check_fits(step, metadata.metadata["state"], like)
+    self._restore_data(step, batches)
+    state = self._orbax.load_checkpointables(step, {"state": like})["state"]
+    return state if same else _lay(run.adopt(state), mine)
 
   def wait(self) -> None:
     """Until what was saved is on disk."""
     self._orbax.wait()
+
+  def _check_fits(self, step: int, saved: Any, like: Any) -> None:
+    """Orbax would cast dtypes in silence, and say the rest at length."""
+    saved, like = _leaves(saved), _leaves(like)
+    for name in sorted(saved | like):
+      there, here = saved.get(name), like.get(name)
+      if there != here:
+        raise ValueError(
+          f"The checkpoint at step {step} in {self._orbax.directory} is of "
+          f"another model or optimizer: {name} is {there or 'missing'} there, "
+          f"{here or 'missing'} here. Go back to the config that it was made "
+          "with (config.json beside it), or start in another folder."
+        )
+
+  def _restore_data(self, step: int, batches: Any) -> None:
+    """Apart from the state, so that the iterator's own errors are heard."""
+    try:
+      self._orbax.load_checkpointables(step, {"data": batches})
+    except KeyError as e:  # Orbax's, from what the iterator raised
+      raise e.__cause__ or e from None
 
 
 def _of_other_workers(run: Run, workers: int, key, params) -> Any:
@@ -136,6 +161,27 @@ def _of_other_workers(run: Run, workers: int, key, params) -> Any:
   return jax.tree.map(one, shapes)
 
 
+def _leaves(tree: Any) -> dict[str, str]:
+  """Path -> shape and dtype; Orbax's metadata and states agree on paths."""
+
+  def one(x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.eval_shape(jax.random.key_data, x)  # as Orbax writes it
+    return f"{tuple(x.shape)} {x.dtype}"
+
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): one(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _lay(state: Any, like: Any) -> Any:
+  """`adopt` knows the workers' axis only; params may lie on others as well."""
+  with spmd.no_current_mesh():
+    where = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(lambda state: state, out_shardings=where)(state)
+
+
 class _Always:
   """The trainer decides when to save."""
 
@@ -151,9 +197,14 @@ class _Best:
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     del context
-    known = [c for c in checkpoints if c.metrics]
-    best = sorted(known, key=lambda c: c.metrics["loss"])[: self.n]
+    best = _lowest(checkpoints, self.n)
     return [c in best for c in checkpoints]
+
+
+def _lowest(checkpoints, n: int) -> list[Any]:
+  """The n with the lowest loss; never one without, or with NaN."""
+  known = [c for c in checkpoints if c.metrics and c.metrics["loss"] < math.inf]
+  return sorted(known, key=lambda c: c.metrics["loss"])[:n]
 
 
 class _Uninteresting(logging.Filter):

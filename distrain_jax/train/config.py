@@ -7,7 +7,6 @@ what cannot work, before anything compiles.
 
 import difflib
 import inspect
-import math
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +17,25 @@ from distrain_jax import methods
 
 OPTIMIZERS = ("adam", "adamw", "momentum", "sgd")
 SCHEDULES = ("constant", "cosine", "linear")
+DTYPES = ("bfloat16", "float16", "float32")
+AT_LEAST_ONE = (
+  "steps",
+  "batch_size",
+  "evaluation.batch_size",
+  "log.every",
+  "checkpoint.keep",
+  "profile.steps",
+)
+AT_LEAST_ZERO = (
+  "seed",
+  "checkpoint.every",
+  "checkpoint.keep_best",
+  "evaluation.every",
+  "optimizer.learning_rate",
+  "optimizer.warmup_steps",
+  "optimizer.weight_decay",
+  "profile.start",
+)
 # Options that the trainer itself passes to a factory.
 OWN_OPTIONS = ("axis",)
 
@@ -89,7 +107,7 @@ def default_config() -> ConfigDict:
   c.bad_step.spike = 0.0  # 0: only what is not finite
 
   c.profile = ConfigDict()
-  c.profile.start = -1  # first step of the profiler's window; -1: none
+  c.profile.start = 0  # first step of the profiler's window; 0: none
   c.profile.steps = 3
 
   # Folder of XLA's persistent compilation cache; "": off. It lets a resumed or
@@ -130,6 +148,8 @@ def chosen_method_options(c: ConfigDict) -> dict[str, Any]:
         f"option; it has {', '.join(valid)}. Leave it unset, or choose another "
         "config.method.name."
       )
+    if option.endswith("dtype"):
+      _choice(f"method.{option}", chosen[option], DTYPES)
   return chosen
 
 
@@ -149,16 +169,20 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
   _choice("stats", c.stats, ("averaged", "local", "synchronised"))
   _choice("bad_step.action", c.bad_step.action, ("stop", "skip"))
   _choice("evaluation.split", c.evaluation.split, ("validation", "test"))
-  for field in ("steps", "batch_size", "evaluation.batch_size", "log.every"):
+  for field in AT_LEAST_ONE:
     _at_least(field, _get(c, field), 1)
-  for field in ("checkpoint.every", "evaluation.every", "checkpoint.keep_best"):
+  for field in AT_LEAST_ZERO:
     _at_least(field, _get(c, field), 0)
-  _at_least("checkpoint.keep", c.checkpoint.keep, 1)
+  if c.optimizer.warmup_steps > c.steps:
+    raise ValueError(
+      f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} is more than "
+      f"config.steps={c.steps}: the learning rate would never reach its peak."
+    )
   if axis not in mesh_shape:
     raise ValueError(
       f"config.mesh={dict(mesh_shape)} has no axis {axis!r}, which "
-      f"config.method.name={c.method.name!r} works on. Add it, e.g. "
-      f"--config.mesh.{axis}=-1."
+      f"config.method.name={c.method.name!r} works on. Name it in the config "
+      f'file: config.mesh = ConfigDict({{"{axis}": -1}}).'
     )
   _batch(c, mesh_shape, axis)
   for logical, target in c.sharding.items():
@@ -193,11 +217,10 @@ def _batch(c, mesh_shape, axis):
       f"config.method.accumulate={k}. Nearest: {near}, e.g. "
       f"--config.batch_size={low + n * k}."
     )
-  size = math.prod(mesh_shape.values())
   if c.evaluation.batch_size % n:
     raise ValueError(
       f"config.evaluation.batch_size={c.evaluation.batch_size} must be a "
-      f"multiple of the {n} workers on {size} devices, e.g. "
+      f"multiple of the {n} workers of config.mesh={dict(mesh_shape)}, e.g. "
       f"--config.evaluation.batch_size={-(-c.evaluation.batch_size // n) * n}."
     )
 

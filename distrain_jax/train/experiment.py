@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from distrain_jax import data, methods, models, runners, spmd
 from distrain_jax.method import Method, Variables, stateful
 from distrain_jax.train import config as configs
-from distrain_jax.train import optimizers
+from distrain_jax.train import optimizers, placement
 from distrain_jax.train.evaluate import evaluator, with_bits_per_byte
 
 
@@ -40,31 +40,60 @@ def build(c: ConfigDict) -> Experiment:
     ValueError: for a field that cannot work, by name.
     FileNotFoundError: if data is missing, with the command that gets it.
   """
-  options = configs.chosen_method_options(c)
-  mesh = spmd.make_mesh(c.mesh.to_dict())
-  axis = _axis(c.method.name)
-  configs.validate(c, mesh.shape, axis)
+  _checked_mesh(c)  # before any data is read
   dataset = data.load(c.data)
-  model, task = _model_and_task(c, dataset.info, axis)
-  method = _method(c, task, options)
-  run = runners.distribute(method, mesh)
-  key = jax.random.key(c.seed)
-  start = jax.random.fold_in(key, 0)
-  shardings = _shardings(c, model, task, dataset.info, mesh)
+  task, run, params = program(c, dataset.info)
+  rows = placement.process_rows(run.mesh, run.method.axis)
   return Experiment(
     config=c,
     run=run,
-    key=jax.random.fold_in(key, 1),
-    params=lambda: _initial(task, start, mesh, shardings),
+    key=jax.random.fold_in(jax.random.key(c.seed), 1),
+    params=params,
     batches=lambda: data.train_iterator(
       dataset.train,
       batch_size=c.batch_size,
       seed=c.seed,
       augment=dataset.augment,
-      **_processes(),
+      **rows,
     ),
-    evaluate=_evaluate(c, run, task, dataset),
+    evaluate=_evaluate(c, run, task, dataset, rows),
   )
+
+
+class Program(NamedTuple):
+  """What a config computes, whatever the data's values."""
+
+  task: models.Task
+  run: runners.Run
+  params: Callable[[], Any]  # as Experiment.params
+
+
+def program(c: ConfigDict, info: data.Info) -> Program:
+  """A config's model and method for data like `info`; reads none.
+
+  `jax.eval_shape(program(c, info).params)` has the shapes of the model.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  mesh = _checked_mesh(c)
+  axis = _axis(c.method.name)
+  model, task = _model_and_task(c, info, axis)
+  method = _method(c, task, configs.chosen_method_options(c))
+  start = jax.random.fold_in(jax.random.key(c.seed), 0)
+  shardings = _shardings(c, model, task, info, mesh)
+  return Program(
+    task,
+    runners.distribute(method, mesh),
+    lambda: _initial(task, start, mesh, shardings),
+  )
+
+
+def _checked_mesh(c) -> Mesh:
+  configs.chosen_method_options(c)
+  mesh = spmd.make_mesh(c.mesh.to_dict())
+  configs.validate(c, mesh.shape, _axis(c.method.name))
+  return mesh
 
 
 def example(info: data.Info) -> dict[str, jax.ShapeDtypeStruct]:
@@ -115,23 +144,20 @@ def _method(c, task: models.Task, options: Mapping[str, Any]) -> Method:
     loss_fn = stateful(loss_fn, stats=c.stats)
   tx = optimizers.build(c.optimizer, c.steps)
   method = methods.FACTORIES[c.method.name](loss_fn, tx, **options)
-  if c.bad_step.action == "skip":
-    return methods.guard(method, action="skip", spike=c.bad_step.spike)
-  if c.bad_step.spike:
-    return methods.guard(method, action="count", spike=c.bad_step.spike)
-  return method
+  # Guarded always: a run that a bad step stopped can then go on from its last
+  # checkpoint with another action, because the state has the same structure.
+  action = "skip" if c.bad_step.action == "skip" else "count"
+  return methods.guard(method, action=action, spike=c.bad_step.spike)
 
 
 def _shardings(c, model, task, info, mesh: Mesh):
   """Shardings of the initial params (or Variables) over the mesh."""
-  rules = c.sharding.to_dict()
-  names = next(iter(example(info).values()))
-  logical = models.logical_names(model, names)
-  is_names = lambda x: isinstance(x, tuple)
-  params = jax.tree.map(
-    lambda axes: NamedSharding(mesh, P(*(rules.get(a) for a in axes))),
-    logical,
-    is_leaf=is_names,
+  inputs = next(iter(example(info).values()))
+  params = placement.shardings(
+    c.sharding.to_dict(),
+    models.logical_names(model, inputs),
+    models.zoo.abstract(model, inputs).params,
+    mesh,
   )
   if not task.stateful:
     return params
@@ -151,23 +177,15 @@ def _initial(task, key, mesh, shardings):
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def _processes() -> dict[str, int]:
-  return {
-    "process_index": jax.process_index(),
-    "process_count": jax.process_count(),
-  }
-
-
-def _evaluate(c, run, task, dataset):
+def _evaluate(c, run, task, dataset, rows):
   average = evaluator(run, task.evaluate)
-  bytes_per_token = dataset.info.bytes_per_token
 
   def evaluate(params, split):
+    source = getattr(dataset, split)
     batches = data.eval_batches(
-      getattr(dataset, split),
-      batch_size=c.evaluation.batch_size,
-      **_processes(),
+      source, batch_size=c.evaluation.batch_size, **rows
     )
-    return with_bits_per_byte(average(params, batches), bytes_per_token)
+    means = average(params, batches)
+    return with_bits_per_byte(means, source.info.bytes_per_token)
 
   return evaluate

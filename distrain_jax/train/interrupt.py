@@ -40,7 +40,8 @@ class StopSignal:
 
   def __exit__(self, *_):
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      # None: it was not set from Python, and cannot be set again.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
   def _note(self, number, frame):
     del frame

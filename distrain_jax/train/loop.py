@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from distrain_jax.methods.guard import GuardState
 from distrain_jax.train import curves
 from distrain_jax.train.checkpoint import Checkpoints
 from distrain_jax.train.experiment import Experiment
 from distrain_jax.train.interrupt import Agreement, Interrupted, StopSignal
 from distrain_jax.train.metrics import MetricsWriter, NoMetrics, read_metrics
+from distrain_jax.train.profile import Profile
 from distrain_jax.train.progress import Progress
 
 DRAW_EVERY = 60.0  # seconds between drawings of the curves
+WATCHED = ("loss", "grad_norm")  # ends of the names of what must be finite
 
 
 class Result(NamedTuple):
@@ -50,19 +53,25 @@ def train(
     Interrupted: after SIGTERM or SIGINT, once the state is saved; the same
       call goes on from there.
     BadStep: with config.bad_step.action="stop"; the last checkpoint is good.
+    ValueError: if the folder holds a run that this one cannot go on from.
   """
   folder = Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   use_compilation_cache(experiment.config.compilation_cache)
-  with Checkpoints(
-    folder / "checkpoints",
-    keep=experiment.config.checkpoint.keep,
-    keep_best=experiment.config.checkpoint.keep_best,
-  ) as checkpoints:
+  # The signal's context is the outermost: one that comes while the last
+  # checkpoint is written, or the test split evaluated, must not undo them.
+  with (
+    StopSignal() as stop,
+    Checkpoints(
+      folder / "checkpoints",
+      keep=experiment.config.checkpoint.keep,
+      keep_best=experiment.config.checkpoint.keep_best,
+    ) as checkpoints,
+  ):
     loop = _Loop(experiment, folder, checkpoints, label)
     try:
-      with loop.writer, loop.progress:
-        return loop.go()
+      with loop.writer, loop.progress, loop.profile:
+        return loop.go(stop)
     finally:
       loop.draw()
 
@@ -83,9 +92,15 @@ class _Loop:
     self.x, self.c, self.run = experiment, experiment.config, experiment.run
     self.folder, self.checkpoints, self.label = folder, checkpoints, label
     self.first_process = jax.process_index() == 0
+    self.start = checkpoints.latest or 0
+    if self.start > self.c.steps:
+      raise ValueError(
+        f"config.steps={self.c.steps}, but {folder} holds a run of "
+        f"{self.start} steps. Set --config.steps={self.start} or more to go on "
+        "with it, or start in another folder."
+      )
     params = experiment.params()
     self.batches = experiment.batches()
-    self.start = checkpoints.latest or 0
     if self.start:
       self.state = checkpoints.restore(
         self.start, self.run, self.x.key, params, self.batches
@@ -97,25 +112,29 @@ class _Loop:
     if self.start:
       self.progress.say(f"going on from step {self.start}")
     self.writer = self._writer() if show else NoMetrics()
+    self.profile = Profile(
+      folder / "profile", self.c.profile.start, self.c.profile.steps
+    )
     self.drawn = time.monotonic()
     self.saved = self.start
+    self.bad_steps = _bad_steps(self.state)
     self.agreed = Agreement()
 
-  def go(self) -> Result:
+  def go(self, stop: StopSignal) -> Result:
     unread = None  # (step, its metrics), while the next step runs
-    with StopSignal() as stop:
-      for step in range(self.start + 1, self.c.steps + 1):
-        self._profile(step)
-        batch = self.run.put(next(self.batches))
-        self.state, metrics = self.run.step(self.state, batch, self.x.key)
-        if unread:
-          self._read(*unread)
-        unread = (step, metrics)
-        stopping = self.agreed(stop.seen)
-        if stopping or self._due(step):
-          self._read(*unread)
-          unread = None
-          self._pause(step, stopping)
+    for step in range(self.start + 1, self.c.steps + 1):
+      if self.profile.before(step, self.state):
+        self.progress.say(f"profile in {self.profile.folder}")
+      batch = self.run.put(next(self.batches))
+      self.state, metrics = self.run.step(self.state, batch, self.x.key)
+      if unread:
+        self._read(*unread)
+      unread = (step, metrics)
+      stopping = self.agreed(stop.seen)
+      if stopping or self._due(step):
+        self._read(*unread)
+        unread = None
+        self._pause(step, stopping)
     return Result(self.state, self._finish())
 
   def draw(self) -> None:
@@ -134,16 +153,19 @@ class _Loop:
     self.progress.update(step, values)
 
   def _refuse(self, step, values) -> None:
+    """Stops before anything is saved that came of a bad step."""
     if self.c.bad_step.action != "stop":
       return
-    watched = {k: v for k, v in values.items() if k in ("loss", "grad_norm")}
+    watched = {k: v for k, v in values.items() if k.endswith(WATCHED)}
     bad = {k: v for k, v in watched.items() if not np.isfinite(v)}
-    if not bad and not values.get("bad_steps"):
+    # Those that the run skipped before it was told to stop are forgiven.
+    if not bad and values.get("bad_steps", 0) <= self.bad_steps:
       return
+    latest = f"The latest checkpoint, of step {self.saved}, is from before."
     raise BadStep(
       f"Step {step}: {bad or watched} "
-      f"{'is not finite' if bad else 'is far above its running mean'}. The "
-      f"latest checkpoint, of step {self.saved}, is from before. Lower "
+      f"{'is not finite' if bad else 'is far above its running mean'}. "
+      f"{latest if self.saved else 'There is no checkpoint yet.'} Lower "
       "--config.optimizer.learning_rate or set --config.method.clip_norm, or "
       "go on without such steps: --config.bad_step.action=skip."
     )
@@ -160,7 +182,9 @@ class _Loop:
     last = step == self.c.steps
     loss = None
     if last or _is_time(step, self.c.evaluation.every):
-      loss = self._evaluate(step, self.c.evaluation.split)["loss"]
+      split = self.c.evaluation.split
+      loss = self._evaluate(step, split)["loss"]
+      self._refuse(step, {f"{split}_loss": loss})
     if last or stopping or _is_time(step, self.c.checkpoint.every):
       self.checkpoints.save(step, self.run, self.state, self.batches, loss)
       self.saved = step
@@ -199,16 +223,9 @@ class _Loop:
       config=json.loads(text),
     )
 
-  def _profile(self, step: int) -> None:
-    first, count = self.c.profile.start, self.c.profile.steps
-    if first < 0:
-      return
-    if step == first:
-      jax.profiler.start_trace(str(self.folder / "profile"))
-    if step == first + count:
-      jax.block_until_ready(self.state)
-      jax.profiler.stop_trace()
-      self.progress.say(f"profile of {count} steps in {self.folder}/profile")
+
+def _bad_steps(state: Any) -> int:
+  return int(state.bad) if isinstance(state, GuardState) else 0
 
 
 def _is_time(step: int, every: int) -> bool:

@@ -43,22 +43,28 @@ METHODS = {
 }
 # Numbers that travel in bfloat16 are summed in another order or precision.
 ROUNDING = {"zero1_low": 2e-2}
-OPTIMIZERS = {
-  "sgd": lambda: optax.sgd(0.05),
-  "momentum": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
-  "adamw": lambda: optax.adamw(
-    optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 9), mask=decays
+OPTIMIZERS = {  # made once: ZeRO-1 judges each object once
+  "sgd": optax.sgd(0.05),
+  "momentum": optax.sgd(0.05, momentum=0.9, nesterov=True),
+  "adamw": optax.adamw(
+    optax.warmup_cosine_decay_schedule(0.0, 0.05, 2, 99), mask=decays
   ),
 }
 
 
+def draw(key):
+  """In [0, 1): a key's own bits are random, and compile faster than a draw."""
+  return (jax.random.key_data(key)[0] >> 8).astype(jnp.float32) * 2.0**-24
+
+
 def loss_fn(params, batch, key):
-  """A small net, dropout on its input, and a draw that shows the key."""
-  keep = jax.random.bernoulli(key, 0.9, batch["x"].shape)
-  x = (batch["x"] * keep).astype(params["w"].dtype)
+  """A small net with noise; aux w{i} is 1/N of what worker i drew."""
+  u, mine = draw(key), batch["worker"][0]
+  x = (batch["x"] * (1 + 0.1 * u)).astype(params["w"].dtype)
   hidden = jnp.tanh(x @ params["w"] + params["b"][None])
   error = params["gain"] * (hidden @ params["v"]) - batch["y"]
-  return jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error))}
+  draws = {f"w{i}": jnp.where(mine == i, u, 0.0) for i in range(N)}
+  return jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error)), **draws}
 
 
 def make_params(dtype=jnp.float32):
@@ -73,10 +79,11 @@ def make_params(dtype=jnp.float32):
   return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def make_batch(rows=16):
+def make_batch(workers=N, rows=16):
   rng = np.random.default_rng(2)
   x = rng.normal(size=(rows, 3)).astype(np.float32)
-  return {"x": x, "y": np.sin(x.sum(1))}
+  worker = np.repeat(np.arange(workers), rows // workers)
+  return {"x": x, "y": np.sin(x.sum(1)), "worker": worker}
 
 
 KEY = functools.partial(jax.random.key, 3)
@@ -96,7 +103,7 @@ class Started(NamedTuple):
 
 
 def start(name, optimizer, mesh):
-  method = METHODS[name](loss_fn, OPTIMIZERS[optimizer]())
+  method = METHODS[name](loss_fn, OPTIMIZERS[optimizer])
   if mesh is None:
     run = dj.simulate(method, workers=N)
   else:
@@ -260,14 +267,6 @@ def test_a_step_donates_its_state_but_nothing_of_the_callers(adamw):
   assert not any(x.is_deleted() for x in jax.tree.leaves(after))
 
 
-def test_without_donation_the_old_state_stays(name):
-  method = METHODS[name](loss_fn, optax.adam(1e-2))
-  run = dj.simulate(method, workers=2, donate=False)
-  state = run.init(KEY(), make_params())
-  once, again = (run.step(state, make_batch(), KEY()) for _ in range(2))
-  assert_equal(once, again)
-
-
 def test_another_key_gives_another_result(adamw):
   _, one = steps(adamw.run, adamw.state(), count=1)
   _, two = steps(adamw.run, adamw.state(), count=1, key=jax.random.key(4))
@@ -280,26 +279,42 @@ def test_abstract_computes_nothing_and_equals_what_init_returns(adamw):
   assert kinds(like) == kinds(adamw.run.init(KEY(), make_params()))
 
 
-def test_one_worker(name, mesh):
-  method = METHODS[name](loss_fn, OPTIMIZERS["adamw"]())
-  results = []
+def test_keys_differ_by_worker_and_step(cases, name):
+  drawn = {}
+  for runner in ("simulate", "distribute"):
+    run, rows = cases(name, "adamw", runner).run, []
+    state = run.init(KEY(), make_params())
+    for _ in range(STEPS):
+      state, metrics = run.step(state, make_batch(), KEY())
+      rows.append([N * float(metrics[f"w{i}"]) for i in range(N)])
+    drawn[runner] = np.array(rows)  # (STEPS, N)
+  assert len(np.unique(drawn["simulate"].round(5))) == STEPS * N
+  np.testing.assert_array_equal(drawn["simulate"], drawn["distribute"])
+
+
+def test_one_worker_whose_keys_are_those_of_the_first_of_many(
+  name, mesh, cases
+):
+  method = METHODS[name](loss_fn, OPTIMIZERS["adamw"])
+  batch, results = make_batch(workers=1), []
   for run in (dj.simulate(method, workers=1), dj.distribute(method, mesh(1))):
-    state, metrics = steps(run, run.init(KEY(), make_params()))
+    state = run.init(KEY(), make_params())
+    state, first = run.step(state, batch, KEY())
+    state, metrics = run.step(state, batch, KEY())
     assert run.step.compilations() == 1
     results.append((run.params(state), metrics))
   assert_near(*results, tolerance=ROUNDING.get(name, 2e-6))
+  many = cases(name, "adamw", "simulate").run
+  _, of_many = many.step(many.init(KEY(), make_params()), make_batch(), KEY())
+  np.testing.assert_allclose(first["w0"], N * of_many["w0"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("runner", ["simulate", "distribute"])
-def test_bfloat16_parameters_stay_so_and_learn(name, runner, mesh):
-  method = METHODS[name](loss_fn, optax.adamw(1e-2))
-  if runner == "simulate":
-    run = dj.simulate(method, workers=N)
-  else:
-    run = dj.distribute(method, mesh(N))
+def test_bfloat16_parameters_stay_so_and_learn(name, mesh):
+  method = METHODS[name](loss_fn, OPTIMIZERS["adamw"])
+  run = dj.distribute(method, mesh(N))
   params = make_params(jnp.bfloat16)
   state, first = steps(run, run.init(KEY(), params), count=1)
-  state, last = steps(run, state, count=15)
+  state, last = steps(run, state, count=8)
   assert kinds(run.params(state)) == kinds(params)
   assert float(last["loss"]) < float(first["loss"])
   assert run.step.compilations() == 1
@@ -337,7 +352,7 @@ def test_any_pytree_of_parameters_trains_alike(name, cases):
     assert node.activation is jnp.tanh
     return loss_fn(native(node), batch, key)
 
-  method = METHODS[name](foreign_loss, OPTIMIZERS["adamw"]())
+  method = METHODS[name](foreign_loss, OPTIMIZERS["adamw"])
   run = dj.simulate(method, workers=N)
   state, _ = steps(run, run.init(KEY(), foreign(make_params())))
   known = cases(name, "adamw", "simulate").run
@@ -360,35 +375,3 @@ def test_a_model_of_one_scalar_trains(name):
   model = run.params(state)
   assert model.shape == ()
   np.testing.assert_allclose(np.float32(model), 0.5, atol=0.02)
-
-
-def draws(run, workers, count):
-  """(count, workers): what each worker drew at each step."""
-  batch = {"worker": np.repeat(np.arange(workers), 2)}
-  state, out = run.init(KEY(), jnp.ones(3)), []
-  for _ in range(count):
-    state, metrics = run.step(state, batch, KEY())
-    out.append([float(metrics[f"w{w}"]) * workers for w in range(workers)])
-  return np.array(out)
-
-
-def drawing_loss(workers):
-  """Metric w{i} is worker i's draw / workers: a method averages its aux."""
-
-  def loss(params, batch, key):
-    mine = batch["worker"][0]
-    u = jax.random.uniform(key)
-    aux = {f"w{w}": jnp.where(mine == w, u, 0.0) for w in range(workers)}
-    return jnp.sum(params) ** 2, aux
-
-  return loss
-
-
-def test_keys_differ_by_worker_and_step_and_not_by_device_count(name, mesh):
-  make = lambda workers: METHODS[name](drawing_loss(workers), optax.sgd(0.01))
-  many = draws(dj.simulate(make(8), workers=8), 8, 3)
-  assert len(np.unique(many.round(5))) == many.size
-  few = draws(dj.simulate(make(2), workers=2), 2, 3)
-  np.testing.assert_allclose(few, many[:, :2], rtol=1e-5)
-  real = draws(dj.distribute(make(8), mesh(8)), 8, 2)
-  np.testing.assert_allclose(real, many[:2], rtol=1e-5)

@@ -164,7 +164,6 @@ def differentiated():
   "remat, scan",
   [
     ("full", True),
-    ("dots", True),
     ("dots_with_no_batch_dims", True),
     ("full", False),
   ],
@@ -206,17 +205,12 @@ def test_a_tied_output_layer_is_the_embedding(small):
 def test_computing_in_bfloat16_keeps_float32_parameters_and_logits(small):
   model, params, tokens = small
   half = models.Llama(dataclasses.replace(SMALL, dtype="bfloat16"))
-
-  @jax.jit
-  def measure(params):
-    loss = lambda p: jnp.square(half.apply({"params": p}, tokens)).mean()
-    return half.apply({"params": params}, tokens), jax.grad(loss)(params)
-
-  logits, grads = measure(params)
-  assert logits.dtype == jnp.float32
+  loss = lambda p: jnp.square(half.apply({"params": p}, tokens)).mean()
+  grads = jax.eval_shape(jax.grad(loss), params)
   assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-  exact = run(model, params, tokens)
-  assert 0 < jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
+  logits, exact = run(half, params, tokens), run(model, params, tokens)
+  assert logits.dtype == jnp.float32
+  assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
 
 def test_param_dtype_is_the_dtype_of_new_parameters():

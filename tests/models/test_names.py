@@ -34,14 +34,16 @@ is_names = lambda x: isinstance(x, tuple)
 @pytest.fixture(params=MODELS, scope="module")
 def made(request):
   model, example = MODELS[request.param]
-  variables = jax.tree.map(
-    np.asarray, models.init(model, jax.random.key(0), example)
-  )
   rng = np.random.default_rng(0)
-  shake = lambda x: np.float32(x + rng.uniform(-0.2, 0.2, x.shape))
-  variables = jax.tree.map(shake, variables)
-  names = models.logical_names(model, example)
-  return model, example, variables, names
+
+  def draw(path, x):
+    if path[-1].key in ("scale", "var"):
+      return np.float32(rng.uniform(0.5, 1.5, x.shape))
+    return np.float32(rng.normal(0, 0.2, x.shape))
+
+  shapes = models.abstract(model, example)
+  variables = jax.tree_util.tree_map_with_path(draw, shapes)
+  return model, example, variables, models.logical_names(model, example)
 
 
 def names_of_state(model, example):
@@ -73,16 +75,20 @@ def test_names_serve_as_sharding_rules(made):
     assert (spec.count("fsdp") > 0) == bool({"embed", "conv_out"} & set(axes))
 
 
-def test_parameters_are_plain_arrays_and_names_need_no_memory(made):
-  _, _, variables, _ = made
-  for leaf in jax.tree.leaves(variables):
-    assert isinstance(leaf, np.ndarray)  # the fixture's; a box would be in it
-  huge = models.create("llama", preset="1B")
-  described = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-  assert models.logical_names(huge, described)["embedding"] == (
-    "vocab",
-    "embed",
-  )
+def test_parameters_are_plain_arrays_of_the_described_shapes():
+  model, example = MODELS["mlp"]
+  variables = models.init(model, jax.random.key(0), example)
+  assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(variables))
+  described = models.abstract(model, example)
+  same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+  assert all(jax.tree.leaves(jax.tree.map(same, variables, described)))
+
+
+def test_names_of_a_large_model_need_no_memory():
+  model = models.create("llama", preset="1B")
+  tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+  names = models.logical_names(model, tokens)
+  assert names["embedding"] == ("vocab", "embed")
 
 
 def test_the_vocabulary_is_closed():

@@ -1,0 +1,173 @@
+r"""What the trainer costs beside the step that it takes: three times, one run.
+
+  python launch/bench_trainer.py --devices=8                  # configs/text.py
+  python launch/bench_trainer.py --config=configs/digits.py --steps=200
+
+Rounds alternate between the bare jitted step on one batch, the trainer on real
+data (no evaluation, no checkpoints) and the data loader alone, so that whatever
+else the machine does falls on all of them. Compare ratios, not times; between
+rounds that differ much, believe `best`.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from distrain_jax import spmd
+
+TEXT = Path(__file__).resolve().parent.parent / "configs" / "text.py"
+CONFIG = config_flags.DEFINE_config_file(
+  "config", str(TEXT), "configs/NAME.py; the tiny Llama by default."
+)
+DEVICES = flags.DEFINE_integer(
+  "devices", None, "Simulate so many CPU devices; unset: what is there."
+)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each is timed.", 1)
+STEPS = flags.DEFINE_integer("steps", 10, "Steps in a round, of each.", 1)
+WARM_UP = 2  # steps after each change that are not timed
+
+
+class Times(NamedTuple):
+  """Seconds a step, one number a round."""
+
+  step: list[float]
+  trainer: list[float]
+  loader: list[float]
+
+
+class _Enough(Exception):
+  """Ends the training."""
+
+
+class Stopwatch:
+  """A run's data iterator, which sees the trainer come back for each batch.
+
+  The time from one request to another, `steps` later, is what the trainer
+  takes for so many steps. Between rounds it keeps the trainer waiting and
+  times the others.
+  """
+
+  def __init__(
+    self,
+    batches: Iterator[Any],
+    others: Callable[[], tuple[float, float]],
+    rounds: int,
+    steps: int,
+  ):
+    """Args: the run's batches; `others() -> (step, loader)`, seconds a step."""
+    self.times = Times([], [], [])
+    self._batches, self._others = batches, others
+    self._rounds, self._steps = rounds, steps
+    self._asked, self._began = 0, 0.0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self._asked == WARM_UP:
+      self._began = time.perf_counter()
+    if self._asked == WARM_UP + self._steps:
+      self._end_round(time.perf_counter() - self._began)
+    self._asked += 1
+    return next(self._batches)
+
+  def _end_round(self, seconds: float) -> None:
+    step, loader = self._others()
+    self.times.trainer.append(seconds / self._steps)
+    self.times.step.append(step)
+    self.times.loader.append(loader)
+    if len(self.times.trainer) == self._rounds:
+      raise _Enough
+    self._asked = 0
+
+
+def measure(config, rounds: int, steps: int) -> Times:
+  """Trains what the config says, in a folder that is thrown away."""
+  import jax
+
+  from distrain_jax import train
+
+  x = train.build(config)
+  alone = {}  # a state and iterators of its own, made once XLA is warm
+
+  def others():
+    if not alone:
+      alone["loader"] = x.batches()
+      alone["batch"] = x.run.put(next(alone["loader"]))
+      alone["state"] = x.run.init(x.key, x.params())
+    return bare(), loader()
+
+  def bare():
+    state, before = alone["state"], None
+    for k in range(WARM_UP + steps):
+      if k == WARM_UP:
+        began = time.perf_counter()
+      state, metrics = x.run.step(state, alone["batch"], x.key)
+      jax.block_until_ready(before)  # as the trainer: one step ahead
+      before = metrics
+    seconds = time.perf_counter() - began
+    alone["state"] = jax.block_until_ready(state)
+    return seconds / steps
+
+  def loader():
+    for k in range(8 + steps):  # what was made ahead is not timed
+      if k == 8:
+        began = time.perf_counter()
+      next(alone["loader"])
+    return (time.perf_counter() - began) / steps
+
+  watch = Stopwatch(x.batches(), others, rounds, steps)
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      train.train(x._replace(batches=lambda: watch), folder, label="bench")
+    except _Enough:
+      return watch.times
+  raise AssertionError("unreachable: the config has steps for all rounds")
+
+
+def table(times: Times) -> str:
+  """The three rows: milliseconds a step, and ratios to the bare step."""
+  lines = [
+    f"{'':14}{'ms a step':>20}{'ratio to the bare step':>28}",
+    f"{'':14}{'best':>10}{'median':>10}{'best':>14}{'median':>14}",
+  ]
+  names = ("bare step", "trainer", "data loader")
+  for name, seconds in zip(names, times):
+    ratios = [a / b for a, b in zip(seconds, times.step)]  # round by round
+    best, median = min(seconds), statistics.median(seconds)
+    lines.append(
+      f"{name:14}{1e3 * best:10.2f}{1e3 * median:10.2f}"
+      f"{best / min(times.step):14.4f}{statistics.median(ratios):14.4f}"
+    )
+  return "\n".join(lines)
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  logging.set_verbosity(logging.WARNING)
+  if DEVICES.value is not None:
+    spmd.use_cpu_devices(DEVICES.value)
+  import jax
+
+  c = CONFIG.value
+  with c.unlocked():
+    c.steps = 1 + ROUNDS.value * (WARM_UP + STEPS.value)
+    c.evaluation.every = c.checkpoint.every = 0
+  times = measure(c, ROUNDS.value, STEPS.value)
+  print(
+    f"{c.data.name}, {c.model.name}, {c.method.name}, global batch "
+    f"{c.batch_size}; {jax.device_count()} {jax.default_backend()} devices, "
+    f"jax {jax.__version__}; {ROUNDS.value} rounds of {STEPS.value} steps"
+  )
+  print(table(times))
+
+
+if __name__ == "__main__":
+  app.run(main)
