@@ -56,7 +56,7 @@ def default_config() -> ConfigDict:
   c.method.update(method_options())  # None: the method's own default
 
   c.data = ConfigDict()  # see distrain_jax.data.load; None: its default
-  c.data.name = config_dict.required_placeholder(str)
+  c.data.name = config_dict.placeholder(str)  # `build` needs one
   c.data.folder = config_dict.placeholder(str)
   c.data.length = config_dict.placeholder(int)  # tokens a row, of text
   c.data.image_size = config_dict.placeholder(int)
@@ -190,11 +190,6 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
     _at_least(field, _get(c, field), 1)
   for field in AT_LEAST_ZERO:
     _at_least(field, _get(c, field), 0)
-  if c.optimizer.warmup_steps > c.steps:
-    raise ValueError(
-      f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} is more than "
-      f"config.steps={c.steps}: the learning rate would never reach its peak."
-    )
   if axis not in mesh_shape:
     raise ValueError(
       f"config.mesh={dict(mesh_shape)} has no axis {axis!r}, which "

@@ -18,7 +18,12 @@ from distrain_jax.train import curves
 from distrain_jax.train.checkpoint import Checkpoints
 from distrain_jax.train.experiment import Experiment
 from distrain_jax.train.interrupt import Agreement, Interrupted, StopSignal
-from distrain_jax.train.metrics import MetricsWriter, NoMetrics, read_metrics
+from distrain_jax.train.metrics import (
+  MetricsWriter,
+  NoMetrics,
+  check_packages,
+  read_metrics,
+)
 from distrain_jax.train.profile import Profile
 from distrain_jax.train.progress import Progress
 
@@ -92,6 +97,7 @@ class _Loop:
     self.x, self.c, self.run = experiment, experiment.config, experiment.run
     self.folder, self.checkpoints, self.label = folder, checkpoints, label
     self.first_process = jax.process_index() == 0
+    check_packages(self.c.log.tensorboard, self.c.log.wandb)
     self.start = checkpoints.latest or 0
     if self.start > self.c.steps:
       raise ValueError(

@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl always, other places when asked."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,7 @@ class MetricsWriter:
     Raises:
       ImportError: with the pip command, if a package is missing.
     """
+    check_packages(tensorboard, wandb)
     path = Path(folder) / NAME
     lines = [x for x in read_metrics(folder) if x["step"] <= resume_at]
     part = path.with_suffix(".part")
@@ -89,15 +91,30 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in lines]
 
 
-class _TensorBoard:
-  def __init__(self, folder: Path):
+def check_packages(tensorboard: bool, wandb: str) -> None:
+  """For the start of a run, so that it fails before anything compiles.
+
+  Raises:
+    ImportError: with the pip command, if a package is missing.
+  """
+  for wanted, module, field in (
+    (tensorboard, "tensorboardX", "tensorboard"),
+    (wandb, "wandb", "wandb"),
+  ):
     try:
-      import tensorboardX
+      if wanted:
+        importlib.import_module(module)
     except ImportError as e:
       raise ImportError(
-        "config.log.tensorboard needs tensorboardX: "
-        "pip install 'distrain-jax[tensorboard]'"
+        f"config.log.{field} needs the package {module}: "
+        f"pip install 'distrain-jax[{field}]'"
       ) from e
+
+
+class _TensorBoard:
+  def __init__(self, folder: Path):
+    import tensorboardX
+
     self._writer = tensorboardX.SummaryWriter(str(folder))
 
   def write(self, step, values):
@@ -110,13 +127,8 @@ class _TensorBoard:
 
 class _Wandb:
   def __init__(self, folder: Path, project: str, config):
-    try:
-      import wandb
-    except ImportError as e:
-      raise ImportError(
-        "config.log.wandb needs Weights & Biases: "
-        "pip install 'distrain-jax[wandb]'"
-      ) from e
+    import wandb
+
     # The folder's name identifies the run, so that a resumed one goes on.
     name = Path(folder).resolve().name
     self._run = wandb.init(

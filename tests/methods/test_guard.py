@@ -145,8 +145,9 @@ def test_the_mean_loss_is_plain_at_first_and_then_forgets(make):
   assert int(state.good) == 51
 
 
-def test_a_spike_is_skipped_once_the_mean_is_settled(make):
-  run = make("ddp", spike=3.0)
+@pytest.mark.parametrize("runner", ["simulate", "distribute"])
+def test_a_spike_is_skipped_once_the_mean_is_settled(runner, make):
+  run = make("ddp", runner, spike=3.0)
   early, _ = steps(run, start(run), [make_batch(0), make_batch(1, shift=1e4)])
   assert int(early.bad) == 0  # who knows yet what is high
   settled, _ = steps(run, start(run), [make_batch(i) for i in range(SETTLED)])

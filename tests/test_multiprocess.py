@@ -1,0 +1,153 @@
+"""Several processes give the numbers of one device."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import distrain_jax as dj
+
+pytestmark = pytest.mark.core
+
+PROCESSES, DEVICES, STEPS, ROWS = 2, 2, 4, 16
+METHODS = {"ddp": dj.ddp, "zero1": dj.zero1}
+ROOT = pathlib.Path(dj.__file__).parents[1]
+
+
+def make_params():
+  rng = np.random.default_rng(0)
+  f = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return {"w": f(3, 5), "v": f(5), "gain": np.float32(1.5)}
+
+
+def make_batch(step):
+  rng = np.random.default_rng(1 + step)
+  x = rng.normal(size=(ROWS, 3)).astype(np.float32)
+  return {"x": x, "y": np.sin(x.sum(1))}
+
+
+def loss_fn(params, batch, key):
+  noise = 1 + 0.1 * jax.random.normal(key, batch["x"].shape)
+  out = jax.numpy.tanh(batch["x"] * noise @ params["w"]) @ params["v"]
+  return ((params["gain"] * out - batch["y"]) ** 2).mean(), {}
+
+
+def make_run(name, mesh=None):
+  method = METHODS[name](
+    loss_fn, optax.adamw(0.01), accumulate=2, clip_norm=0.5
+  )
+  if mesh is None:
+    return dj.simulate(method, workers=PROCESSES * DEVICES)
+  return dj.distribute(method, mesh)
+
+
+def train(run, rows=slice(None)):
+  """Parameters and metrics by name; `rows`: those that this process feeds."""
+  key, out = jax.random.key(7), {}
+  state = run.init(key, make_params())
+  for step in range(STEPS):
+    batch = {k: x[rows] for k, x in make_batch(step).items()}
+    state, metrics = run.step(state, run.put(batch), key)
+    out |= {f"{k}_{step}": np.asarray(x) for k, x in metrics.items()}
+  # A whole NumPy batch that every process holds is taken as well.
+  state, metrics = run.step(state, make_batch(STEPS), key)
+  out["loss_whole"] = np.asarray(metrics["loss"])
+  model = run.params(state)
+  return out | {k: np.asarray(x) for k, x in model.items()}
+
+
+def child(folder):
+  """One process: started by the test below, not by pytest."""
+  from distrain_jax import spmd
+
+  spmd.use_cpu_devices(DEVICES)
+  spmd.join_processes()
+  mesh = spmd.make_mesh({"data": -1})
+  assert mesh.size == PROCESSES * DEVICES
+  assert spmd.spans_processes(mesh)
+  me, share = jax.process_index(), ROWS // PROCESSES
+  rows = slice(me * share, (me + 1) * share)
+  for name in METHODS:
+    out = train(make_run(name, mesh), rows)
+    np.savez(pathlib.Path(folder) / f"{name}_{me}.npz", **out)
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def launch(folder):
+  """Exit codes and outputs of all processes; none is left behind."""
+  env = os.environ | {
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+    "JAX_NUM_PROCESSES": str(PROCESSES),
+    "PYTHONPATH": os.pathsep.join(
+      [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    ),
+  }
+  env.pop("XLA_FLAGS", None)
+  children, logs = [], []
+  try:
+    for i in range(PROCESSES):
+      logs.append(pathlib.Path(folder) / f"log_{i}")
+      with logs[-1].open("w") as log:
+        children.append(
+          subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=env | {"JAX_PROCESS_ID": str(i)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+          )
+        )
+    for process in children:
+      process.wait(timeout=240)
+  except subprocess.TimeoutExpired:
+    pass  # the codes and logs say which one hung
+  finally:
+    for process in children:
+      process.kill()
+      process.wait()
+  codes = [process.returncode for process in children]
+  return codes, "\n".join(f"{log.name}:\n{log.read_text()}" for log in logs)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("processes")
+  for _ in range(3):
+    codes, output = launch(folder)
+    lost = ("address already in use", "failed to add port")
+    taken = any(words in output.lower() for words in lost)
+    if not taken:  # else someone else got the port first: once more
+      break
+  assert codes == [0] * PROCESSES, output
+  load = lambda name, i: dict(np.load(folder / f"{name}_{i}.npz"))
+  return {name: [load(name, i) for i in range(PROCESSES)] for name in METHODS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_processes_hold_the_same_numbers(name, results):
+  first, second = results[name]
+  assert first.keys() == second.keys()
+  for k in first:
+    np.testing.assert_array_equal(first[k], second[k])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_equal_one_device(name, results):
+  expected = train(make_run(name))
+  assert expected.keys() == results[name][0].keys()
+  for k, x in expected.items():
+    np.testing.assert_allclose(results[name][0][k], x, rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+  child(sys.argv[1])
