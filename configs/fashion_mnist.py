@@ -5,6 +5,10 @@ r"""Fashion-MNIST with a narrow ResNet-18: minutes on 2 CPU cores.
 
 701,178 parameters. The data: `sudo apt-get install dataset-fashion-mnist`
 (Debian, Ubuntu); elsewhere see distrain_jax/data/idx_source.py.
+
+Two epochs, 4 minutes on 2 busy CPU cores with 8 simulated devices (jax 0.10.2):
+test accuracy 0.905, with ddp and zero1 on eight workers and with one worker
+(loss 0.258, 0.258, 0.262: each worker normalises by its own batch).
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +22,7 @@ def get_config(arg: str | None = None):
   if arg not in steps:
     raise ValueError(f"configs/fashion_mnist.py:{arg}: only :quick, or none.")
   c = default_config()
-  c.steps = steps[arg]  # an epoch is 421.875
+  c.steps = steps[arg]
   c.batch_size = 128
   c.data.name = "fashion_mnist"
   c.data.augment = ("pad_crop:1", "flip")

@@ -3,7 +3,10 @@ r"""Python's standard library, byte by byte, with a tiny Llama.
   python launch/train.py --config=configs/text.py --workdir=runs/text \
     --devices=8
 
-803,968 parameters.
+803,968 parameters, 1.6 MB of text. 6 minutes on 2 busy CPU cores with 8
+simulated devices (jax 0.10.2): 2.41 bits a byte of the test files, with ddp and
+zero1 on eight workers and with one worker. It is a fifth of an epoch: more
+--config.steps help.
 """
 
 from ml_collections import ConfigDict

@@ -5,14 +5,15 @@ r"""What the trainer costs beside the step that it takes: three times, one run.
 
 Rounds alternate between the bare jitted step on one batch, the trainer on real
 data (no evaluation, no checkpoints) and the data loader alone, so that whatever
-else the machine does falls on all of them. Compare ratios, not times; between
-rounds that differ much, believe `best`.
+else the machine does falls on all of them. Compare ratios, not times. The last
+columns are processor time, of all threads: on a busy machine of simulated
+devices, where every thread takes from the step, they are the ones to believe.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +34,28 @@ STEPS = flags.DEFINE_integer("steps", 10, "Steps in a round, of each.", 1)
 WARM_UP = 2  # steps after each change that are not timed
 
 
-class Times(NamedTuple):
-  """Seconds a step, one number a round."""
+class Lap(NamedTuple):
+  """Seconds a step."""
 
-  step: list[float]
-  trainer: list[float]
-  loader: list[float]
+  wall: float
+  cpu: float  # of all threads of this process
+
+
+class Times(NamedTuple):
+  """One lap a round."""
+
+  step: list[Lap]
+  trainer: list[Lap]
+  loader: list[Lap]
+
+
+def now() -> Lap:
+  return Lap(time.perf_counter(), time.process_time())
+
+
+def lap(began: Lap, steps: int) -> Lap:
+  """Since `began`, divided by the steps taken."""
+  return Lap(*((b - a) / steps for a, b in zip(began, now())))
 
 
 class _Enough(Exception):
@@ -56,32 +73,31 @@ class Stopwatch:
   def __init__(
     self,
     batches: Iterator[Any],
-    others: Callable[[], tuple[float, float]],
+    others: Callable[[], tuple[Lap, Lap]],
     rounds: int,
     steps: int,
   ):
-    """Args: the run's batches; `others() -> (step, loader)`, seconds a step."""
+    """Args: the run's batches; `others()` times the step and the loader."""
     self.times = Times([], [], [])
     self._batches, self._others = batches, others
     self._rounds, self._steps = rounds, steps
-    self._asked, self._began = 0, 0.0
+    self._asked, self._began = 0, now()
 
   def __iter__(self):
     return self
 
   def __next__(self):
     if self._asked == WARM_UP:
-      self._began = time.perf_counter()
+      self._began = now()
     if self._asked == WARM_UP + self._steps:
-      self._end_round(time.perf_counter() - self._began)
+      self._end_round(lap(self._began, self._steps))
     self._asked += 1
     return next(self._batches)
 
-  def _end_round(self, seconds: float) -> None:
+  def _end_round(self, trainer: Lap) -> None:
     step, loader = self._others()
-    self.times.trainer.append(seconds / self._steps)
-    self.times.step.append(step)
-    self.times.loader.append(loader)
+    for laps, one in zip(self.times, (step, trainer, loader)):
+      laps.append(one)
     if len(self.times.trainer) == self._rounds:
       raise _Enough
     self._asked = 0
@@ -107,20 +123,20 @@ def measure(config, rounds: int, steps: int) -> Times:
     state, before = alone["state"], None
     for k in range(WARM_UP + steps):
       if k == WARM_UP:
-        began = time.perf_counter()
+        began = now()
       state, metrics = x.run.step(state, alone["batch"], x.key)
       jax.block_until_ready(before)  # as the trainer: one step ahead
       before = metrics
-    seconds = time.perf_counter() - began
+    taken = lap(began, steps)
     alone["state"] = jax.block_until_ready(state)
-    return seconds / steps
+    return taken
 
   def loader():
     for k in range(8 + steps):  # what was made ahead is not timed
       if k == 8:
-        began = time.perf_counter()
+        began = now()
       next(alone["loader"])
-    return (time.perf_counter() - began) / steps
+    return lap(began, steps)
 
   watch = Stopwatch(x.batches(), others, rounds, steps)
   with tempfile.TemporaryDirectory() as folder:
@@ -134,18 +150,25 @@ def measure(config, rounds: int, steps: int) -> Times:
 def table(times: Times) -> str:
   """The three rows: milliseconds a step, and ratios to the bare step."""
   lines = [
-    f"{'':14}{'ms a step':>20}{'ratio to the bare step':>28}",
-    f"{'':14}{'best':>10}{'median':>10}{'best':>14}{'median':>14}",
+    f"{'':12}{'ms a step':>18}{'ratio to bare step':>22}{'processor time':>18}",
+    f"{'':12}{'best':>9}{'median':>9}{'best':>11}{'median':>11}"
+    f"{'ms':>9}{'ratio':>9}",
   ]
   names = ("bare step", "trainer", "data loader")
-  for name, seconds in zip(names, times):
-    ratios = [a / b for a, b in zip(seconds, times.step)]  # round by round
-    best, median = min(seconds), statistics.median(seconds)
+  for name, laps in zip(names, times):
+    wall, cpu = zip(*laps)
+    base_wall, base_cpu = zip(*times.step)
     lines.append(
-      f"{name:14}{1e3 * best:10.2f}{1e3 * median:10.2f}"
-      f"{best / min(times.step):14.4f}{statistics.median(ratios):14.4f}"
+      f"{name:12}{1e3 * min(wall):9.2f}{1e3 * statistics.median(wall):9.2f}"
+      f"{min(wall) / min(base_wall):11.4f}{_ratio(wall, base_wall):11.4f}"
+      f"{1e3 * statistics.median(cpu):9.2f}{_ratio(cpu, base_cpu):9.4f}"
     )
   return "\n".join(lines)
+
+
+def _ratio(a: Iterable[float], b: Iterable[float]) -> float:
+  """The median over rounds, each compared with itself."""
+  return statistics.median(x / y for x, y in zip(a, b))
 
 
 def main(argv) -> None:
@@ -158,7 +181,8 @@ def main(argv) -> None:
 
   c = CONFIG.value
   with c.unlocked():
-    c.steps = 1 + ROUNDS.value * (WARM_UP + STEPS.value)
+    enough = 1 + ROUNDS.value * (WARM_UP + STEPS.value)
+    c.steps = max(c.steps, enough)
     c.evaluation.every = c.checkpoint.every = 0
   times = measure(c, ROUNDS.value, STEPS.value)
   print(

@@ -78,11 +78,22 @@ def sharded_params(mesh):
   return jax.tree.map(place, make_params(), specs)
 
 
-@pytest.mark.parametrize("current", [False, True], ids=["", "set_mesh"])
-@pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+  ("factory", "kind", "current"),
+  [
+    (dj.ddp, AxisType.Auto, False),
+    (dj.ddp, AxisType.Auto, True),
+    (dj.ddp, AxisType.Explicit, False),
+    (dj.ddp, AxisType.Explicit, True),
+    (dj.zero1, AxisType.Auto, False),
+    (dj.zero1, AxisType.Explicit, True),
+  ],
+)
 def test_parameters_sharded_over_another_axis_stay_so(
-  kind, current, method, simulated
+  factory, kind, current, simulated
 ):
+  """`current`: the caller has made this mesh the current one."""
+  method = factory(loss_fn, TX)
   mesh = tensor_mesh(kind)
   with jax.set_mesh(mesh) if current else contextlib.nullcontext():
     run = dj.distribute(method, mesh)

@@ -8,6 +8,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from distrain_jax import spmd
+
 # EX_TEMPFAIL: nothing is wrong, start the same command again to go on.
 EXIT_CODE = 75
 
@@ -58,23 +60,27 @@ class Agreement:
   is that of the step before, so that nobody waits for it.
   """
 
-  def __init__(self):
+  def __init__(self, mesh: Mesh | None):
+    """Args: the run's mesh; None if all its workers are on one device."""
     self._asked = None
-    self._mesh = None
-    if jax.process_count() > 1:
-      firsts = {d.process_index: d for d in reversed(jax.devices())}
-      devices = np.array([firsts[i] for i in sorted(firsts)])
-      self._mesh = Mesh(devices, ("process",))
-      everywhere = NamedSharding(self._mesh, P())
-      self._any = jax.jit(jnp.max, out_shardings=everywhere)
+    self._votes = None
+    if mesh is None or not spmd.spans_processes(mesh):
+      return
+    # Every device votes: XLA for CPU keeps programs in order only if they are
+    # on the same devices, and gloo mixes up collectives that overlap.
+    devices = Mesh(mesh.devices.ravel(), ("device",))
+    self._votes = NamedSharding(devices, P("device"))
+    everywhere = NamedSharding(devices, P())
+    self._any = jax.jit(jnp.max, out_shardings=everywhere)
+    self._local = len(mesh.local_devices)
 
   def __call__(self, mine: bool) -> bool:
     """Called once a step by every process, with its own wish."""
-    if self._mesh is None:
+    if self._votes is None:
       return mine
     before = self._asked
     votes = jax.make_array_from_process_local_data(
-      NamedSharding(self._mesh, P("process")), np.array([mine], np.int32)
+      self._votes, np.full(self._local, mine, np.int32)
     )
     self._asked = self._any(votes)
     return before is not None and bool(before)

@@ -124,7 +124,7 @@ class _Loop:
     self.drawn = time.monotonic()
     self.saved = self.start
     self.bad_steps = _bad_steps(self.state)
-    self.agreed = Agreement()
+    self.agreed = Agreement(self.run.mesh)
 
   def go(self, stop: StopSignal) -> Result:
     unread = None  # (step, its metrics), while the next step runs

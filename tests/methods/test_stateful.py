@@ -145,12 +145,12 @@ def test_synchronised_batchnorm_equals_one_device_with_the_big_batch(
   near(metrics["loss"], loss)
 
 
-@pytest.mark.parametrize("stats", ["averaged", "local", "synchronised"])
+@pytest.mark.parametrize("stats", ["averaged", "local"])
 @by_method
 def test_simulated_equals_distributed_with_microbatches(name, stats, mesh):
   results = []
   for runner in ("simulate", "distribute"):
-    run = start(name, stats, runner, mesh, optax.adam(0.01), accumulate=2)
+    run = start(name, stats, runner, mesh, optax.sgd(0.1), accumulate=2)
     state, metrics = train(run, 3)
     results.append((run.params(state), state.model_state, metrics))
     assert int(run.params(state).model_state["seen"]) == 6

@@ -138,14 +138,14 @@ def test_masters_learn_where_bfloat16_alone_stands_still():
   np.testing.assert_allclose(ends["masters"], 0.999**100, rtol=5e-3)
 
 
-@pytest.mark.parametrize("workers", [1, 3, 8])
+@pytest.mark.parametrize("workers", [3, 8])
 def test_padding_stays_zero_and_out_of_the_norm(workers):
   params, moments = make_params(), []
   method = dj.zero1(loss_fn, optax.adamw(0.1), clip_norm=0.1)
   run = dj.simulate(method, workers=workers)
   batch = make_batch(24)
   state, metrics = run.step(run.init(KEY, params), batch, KEY)
-  grads = jax.grad(lambda p: loss_fn(p, batch, KEY)[0])(params)
+  grads = jax.jit(jax.grad(lambda p: loss_fn(p, batch, KEY)[0]))(params)
   norm = math.sqrt(
     sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads))
   )

@@ -1,5 +1,6 @@
 """The tiny run of tiny.py: in this process, or as real ones to be killed."""
 
+import functools
 import importlib.util
 import os
 import signal
@@ -28,8 +29,8 @@ def tiny():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
 
-  def make(**changes):
-    c = module.get_config()
+  def make(arg=None, **changes):
+    c = module.get_config(arg)
     c.compilation_cache = ""  # it would stay on for other tests
     with c.unlocked():
       for name, value in changes.items():
@@ -57,14 +58,12 @@ def small(tiny):
 @pytest.fixture(scope="session")
 def uninterrupted(tiny, tmp_path_factory):
   """The folder of a run that nothing stopped, by method; in this process."""
-  folders = {}
 
-  def folder(method):
-    if method not in folders:
-      folders[method] = tmp_path_factory.mktemp(f"uninterrupted_{method}")
-      c = tiny(**{"method.name": method})
-      train.train(train.build(c), folders[method])
-    return folders[method]
+  @functools.cache
+  def folder(method, arg=None):
+    folder = tmp_path_factory.mktemp(f"uninterrupted_{method}")
+    train.train(train.build(tiny(arg, **{"method.name": method})), folder)
+    return folder
 
   return folder
 
@@ -153,21 +152,22 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture
 def start(compilation_cache):
-  """start(folder, *arguments, local=(...)) -> a real run of tiny.py."""
+  """start(folder, *arguments) -> a real run of tiny.py; `local` in two."""
   started = []
   drop = ("JAX_", "XLA_")  # what tests/conftest.py set for this process
   env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
 
-  def run(folder, *arguments, local=()):
+  def run(folder, *arguments, local=False, arg=None):
     command = [
       "launch/train.py",
-      f"--config={TINY}",
+      f"--config={TINY}" + (f":{arg}" if arg else ""),
       f"--workdir={folder}",
       f"--config.compilation_cache={compilation_cache}",
       *arguments,
     ]
     if local:
-      command = ["launch/local.py", *local, "--", *command]
+      two = ("--processes=2", "--devices=2")
+      command = ["launch/local.py", *two, "--", *command]
     else:
       command.append("--devices=8")
     started.append(Started(command, folder, env))

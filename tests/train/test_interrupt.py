@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from distrain_jax import spmd
 from distrain_jax.train.interrupt import Agreement, StopSignal
 
 BOTH = (signal.SIGTERM, signal.SIGINT)
@@ -52,6 +53,13 @@ def test_outside_the_main_thread_signals_are_left_alone():
   assert seen == [(False, True)]
 
 
-def test_one_process_agrees_with_itself_at_once():
-  agreed = Agreement()
-  assert [agreed(False), agreed(True), agreed(False)] == [False, True, False]
+def test_one_process_agrees_with_itself_at_once(mesh):
+  for where in (None, mesh(4)):
+    agreed = Agreement(where)
+    assert [agreed(False), agreed(True), agreed(False)] == [False, True, False]
+
+
+def test_several_agree_on_the_answer_of_the_step_before(mesh, monkeypatch):
+  monkeypatch.setattr(spmd, "spans_processes", lambda mesh: True)
+  agreed = Agreement(mesh(4))
+  assert [agreed(False), agreed(True), agreed(False)] == [False, False, True]

@@ -10,8 +10,6 @@ import pytest
 
 from distrain_jax.train import EXIT_CODE
 
-LOCAL = ("--processes=2", "--devices=2")
-
 
 @pytest.fixture
 def steps():
@@ -44,34 +42,43 @@ def kill_while_saving(start):
   pytest.fail("no kill landed in a save")
 
 
-@pytest.mark.parametrize(
-  "method, interrupt", [("ddp", signal.SIGINT), ("zero1", signal.SIGTERM)]
-)
-def test_a_run_stopped_in_three_ways_ends_with_the_bits_of_one_that_was_not(
-  method, interrupt, steps, start, uninterrupted, assert_same_end, tmp_path
-):
-  flag = f"--config.method.name={method}"
-  run = start(tmp_path, flag)
+def kill_after(steps, run):
   went(run, steps)
   run.send(signal.SIGKILL)
   assert run.wait() == -signal.SIGKILL
 
+
+def finish(run):
+  assert run.wait() == 0, run.text()
+  assert "going on from step" in run.text()
+
+
+@pytest.mark.parametrize("method", ["ddp", "zero1"])
+def test_killed_runs_end_with_the_bits_of_one_that_was_not(
+  method, steps, start, uninterrupted, assert_same_end, tmp_path
+):
+  flag = f"--config.method.name={method}"
+  kill_after(steps, start(tmp_path, flag))
   every = "--config.checkpoint.every=1"
   kill_while_saving(lambda: start(tmp_path, flag, every))
+  finish(start(tmp_path, flag))
+  assert_same_end(tmp_path, uninterrupted(method))
 
-  never = "--config.checkpoint.every=0"  # only because it was interrupted
-  run = start(tmp_path, flag, never)
-  went(run, 2)
-  run.send(interrupt)
+
+def test_an_interrupted_run_loses_no_step_and_no_bit(
+  steps, start, uninterrupted, assert_same_end, compilation_cache, tmp_path
+):
+  never = "--config.checkpoint.every=0"  # only because it is interrupted
+  run = start(tmp_path, never)
+  went(run, steps)
+  run.send(signal.SIGINT)
   assert run.wait() == EXIT_CODE, run.text()
   last = run.logged_steps()[-1]
   assert f"stopped after step {last}, which is saved" in run.text()
-  assert (tmp_path / "checkpoints" / str(last)).is_dir()
-
-  run = start(tmp_path, flag)
-  assert run.wait() == 0, run.text()
-  assert f"going on from step {last}" in run.text()
-  assert_same_end(tmp_path, uninterrupted(method))
+  finish(start(tmp_path, never))
+  # This one took its programs from the cache, the other compiled them.
+  assert any(compilation_cache.iterdir())
+  assert_same_end(tmp_path, uninterrupted("ddp"))
 
 
 def children(run):
@@ -82,28 +89,35 @@ def children(run):
   return sorted(map(int, out.split()))
 
 
-@pytest.mark.parametrize("method", ["ddp", "zero1"])
-def test_two_processes_stopped_by_a_signal_to_one_of_them(
-  method, steps, start, assert_same_end, tmp_path
-):
-  reference, folder = tmp_path / "reference", tmp_path / "stopped"
-  flag = f"--config.method.name={method}"
-  run = start(reference, flag, local=LOCAL)
-  assert run.wait() == 0, run.text()
-
-  run = start(folder, flag, local=LOCAL)
+def kill_one_of_two_after(steps, run):
   went(run, steps)
   os.kill(children(run)[1], signal.SIGKILL)
   assert run.wait() == 128 + signal.SIGKILL
   assert run.text().count("local.py: ") == 1
   assert "process 1 of 2 was ended by SIGKILL" in run.text()
 
-  if method == "zero1":  # once is enough: this is the trainer's doing
-    run = start(folder, flag, local=LOCAL)
-    went(run, 2)
-    os.kill(children(run)[1], signal.SIGTERM)
-    assert run.wait() == EXIT_CODE, run.text()  # both, after the same step
 
-  run = start(folder, flag, local=LOCAL)
+def test_two_processes_killed_end_with_the_bits_of_one_that_was_not(
+  steps, start, uninterrupted, assert_same_end, tmp_path
+):
+  two = functools.partial(start, tmp_path, arg="pair", local=True)
+  kill_one_of_two_after(steps, two())
+  finish(two())
+  assert_same_end(tmp_path, uninterrupted("ddp", "pair"))
+
+
+def test_two_processes_of_two_workers_stop_after_the_same_step(
+  steps, start, assert_same_end, tmp_path
+):
+  folder, reference = tmp_path / "stopped", tmp_path / "reference"
+  two = functools.partial(start, local=True)
+  flag = "--config.method.name=zero1"
+  run = two(reference, flag)
   assert run.wait() == 0, run.text()
+  kill_one_of_two_after(steps, two(folder, flag))
+  run = two(folder, flag)
+  went(run, 2)
+  os.kill(children(run)[1], signal.SIGTERM)
+  assert run.wait() == EXIT_CODE, run.text()
+  finish(two(folder, flag))
   assert_same_end(folder, reference)

@@ -10,8 +10,13 @@ from distrain_jax.train import default_config
 
 
 def get_config(arg: str | None = None):
-  del arg
+  """`:pair` has two workers, whatever the devices.
+
+  A sum of two is the same bits in any order, so in any number of processes.
+  """
   c = default_config()
+  if arg == "pair":
+    c.mesh = ConfigDict({"data": 2, "tensor": -1})
   c.steps = 50
   c.batch_size = 48
   c.data.name = "digits"
