@@ -11,25 +11,20 @@ Not run yet: 200 epochs are 3.3e16 floating-point operations, a quarter of an
 hour or so on one current GPU. Others report 0.95 for this recipe.
 """
 
-from ml_collections import ConfigDict
-
-from distrain_jax.train import default_config
+from distrain_jax.train import default_config, model_config, quick_or
 
 
 def get_config(arg: str | None = None):
   """`:quick` takes 20 steps."""
   epoch = 49_000 / 128
-  steps = {None: round(200 * epoch), "quick": 20}
-  if arg not in steps:
-    raise ValueError(f"configs/cifar10_resnet.py:{arg}: only :quick, or none.")
   c = default_config()
-  c.steps = steps[arg]
+  c.steps = quick_or(round(200 * epoch), arg)
   c.batch_size = 128
   c.data.name = "cifar10"
   c.data.validation_fraction = 0.02  # 1,000 of the 50,000
   c.data.augment = ("pad_crop:4", "flip")
   c.data.in_memory = True  # 150 MB
-  c.model = ConfigDict({"name": "resnet18", "stem": "cifar"})
+  c.model = model_config("resnet18", stem="cifar")
   c.model.norm = "batch"  # or group
   c.model.width = 1.0  # times 64 channels
   c.model.dtype = "float32"  # of the computation; bfloat16 on GPUs and TPUs

@@ -11,23 +11,18 @@ test accuracy 0.905, with ddp and zero1 on eight workers and with one worker
 (loss 0.258, 0.258, 0.262: each worker normalises by its own batch).
 """
 
-from ml_collections import ConfigDict
-
-from distrain_jax.train import default_config
+from distrain_jax.train import default_config, model_config, quick_or
 
 
 def get_config(arg: str | None = None):
   """`:quick` takes 20 steps."""
-  steps = {None: 840, "quick": 20}  # 422 are an epoch
-  if arg not in steps:
-    raise ValueError(f"configs/fashion_mnist.py:{arg}: only :quick, or none.")
   c = default_config()
-  c.steps = steps[arg]
+  c.steps = quick_or(840, arg)  # 422 are an epoch
   c.batch_size = 128
   c.data.name = "fashion_mnist"
   c.data.augment = ("pad_crop:1", "flip")
   # The form for small images, 16 channels at first instead of 64.
-  c.model = ConfigDict({"name": "resnet18", "stem": "cifar", "width": 0.25})
+  c.model = model_config("resnet18", stem="cifar", width=0.25)
   c.optimizer.learning_rate = 4e-3
   c.optimizer.warmup_steps = 20
   c.optimizer.b2 = 0.99

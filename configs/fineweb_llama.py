@@ -16,9 +16,7 @@ Not run yet: 6 floating-point operations a parameter and token are 2.2e18,
 3.0e19 and 1.5e20 for the three, some hours to days on eight current GPUs.
 """
 
-from ml_collections import ConfigDict
-
-from distrain_jax.train import default_config
+from distrain_jax.train import default_config, model_config
 
 # tokens a row, rows a step, micro-batches a worker (of eight), steps, peak rate
 PRESETS = {
@@ -44,7 +42,7 @@ def get_config(arg: str | None = "134M"):
   c.method.clip_norm = 1.0
   c.data.name = "tokens"
   c.data.length = length
-  c.model = ConfigDict({"name": "llama", "preset": preset})
+  c.model = model_config("llama", preset=preset)
   c.model.dtype = "bfloat16"  # of the computation; parameters are float32
   c.model.attention = "xla"  # or cudnn, on NVIDIA GPUs
   c.model.remat = "full"  # what is computed again: none, dots or all of it

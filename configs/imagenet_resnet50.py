@@ -12,28 +12,21 @@ Not run yet: 90 epochs are 2.8e18 floating-point operations, hours on eight
 current GPUs if the CPUs can decode as fast. Others report 0.76 to 0.77.
 """
 
-from ml_collections import ConfigDict
-
-from distrain_jax.train import default_config
+from distrain_jax.train import default_config, model_config, quick_or
 
 
 def get_config(arg: str | None = None):
   """`:quick` takes 20 steps."""
   batch = 1024
   epoch = 0.99 * 1_281_167 / batch
-  steps = {None: round(90 * epoch), "quick": 20}
-  if arg not in steps:
-    raise ValueError(
-      f"configs/imagenet_resnet50.py:{arg}: only :quick, or none."
-    )
   c = default_config()
-  c.steps = steps[arg]
+  c.steps = quick_or(round(90 * epoch), arg)
   c.batch_size = batch
   c.data.name = "imagenet2012"
   c.data.image_size = 224
   c.data.validation_fraction = 0.01  # of the training images
   c.data.augment = ("random_resized_crop", "flip")
-  c.model = ConfigDict({"name": "resnet50", "stem": "imagenet"})
+  c.model = model_config("resnet50", stem="imagenet")
   c.model.norm = "batch"  # or group
   c.model.width = 1.0  # times 64 channels
   c.model.dtype = "bfloat16"  # of the computation; parameters are float32

@@ -9,22 +9,17 @@ zero1 on eight workers and with one worker. It is a fifth of an epoch: more
 --config.steps help.
 """
 
-from ml_collections import ConfigDict
-
-from distrain_jax.train import default_config
+from distrain_jax.train import default_config, model_config, quick_or
 
 
 def get_config(arg: str | None = None):
   """`:quick` takes 20 steps."""
-  steps = {None: 400, "quick": 20}
-  if arg not in steps:
-    raise ValueError(f"configs/text.py:{arg}: only :quick, or none.")
   c = default_config()
-  c.steps = steps[arg]
+  c.steps = quick_or(400, arg)
   c.batch_size = 32  # sequences: 4,096 bytes a step
   c.data.name = "stdlib_text"
   c.data.length = 128
-  c.model = ConfigDict({"name": "llama", "preset": "tiny"})
+  c.model = model_config("llama", preset="tiny")
   c.method.clip_norm = 1.0
   c.optimizer.learning_rate = 3e-3
   c.optimizer.warmup_steps = 20

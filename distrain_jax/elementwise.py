@@ -41,12 +41,13 @@ def check_elementwise(
 @functools.lru_cache(maxsize=16)  # a method's init is traced more than once
 def _check(name, tx, treedef, leaves) -> None:
   params = treedef.unflatten(jax.ShapeDtypeStruct(*x) for x in leaves)
+  shapes = {shape for shape, _ in leaves} | {()}
+  # Not under compile-time evaluation, where full-size zeros would be made.
+  state = jax.eval_shape(tx.init, params)
+  for path, x in jax.tree_util.tree_leaves_with_path(state):
+    if x.shape not in shapes:
+      raise _refusal(name, f"its state{_at(path)} has shape {x.shape}")
   with jax.ensure_compile_time_eval(), jax.debug_nans(False):
-    shapes = {shape for shape, _ in leaves} | {()}
-    state = jax.eval_shape(tx.init, params)
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
-      if x.shape not in shapes:
-        raise _refusal(name, f"its state{_at(path)} has shape {x.shape}")
     path = _first_difference(tx, params)
   if path is not None:
     raise _refusal(name, f"it updates params{_at(path)} differently in pieces")

@@ -8,6 +8,7 @@ Run again with the same workdir, it goes on from the latest checkpoint. Leaves
 with 75 when SIGTERM or SIGINT stopped it and its state is saved.
 """
 
+import re
 import sys
 
 from absl import app, flags, logging
@@ -54,8 +55,9 @@ def parse(argv):
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError, TypeError) as e:
-    text = str(e.args[0] if e.args else e).strip("'\"").replace("\n", " ")
-    sys.exit(f"--config: {text}")
+    text = str(e.args[0] if e.args else e).replace("\\n", " ")
+    text = re.sub(r"[\\'\"\s]+", " ", text).strip()
+    sys.exit(f"--config: unknown field or wrong type: {text}")
 
 
 if __name__ == "__main__":

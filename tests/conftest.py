@@ -4,6 +4,11 @@ import os
 
 # Before JAX starts: the suite is judged on its own devices, whatever is there.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Code that runs a few steps need not be fast, but compile fast; XLA's own
+# passes, which tests of compiled programs read, stay as they are.
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"]
+)
 
 import jax
 import pytest

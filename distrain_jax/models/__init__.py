@@ -22,4 +22,5 @@ from distrain_jax.models.zoo import abstract as abstract
 from distrain_jax.models.zoo import create as create
 from distrain_jax.models.zoo import init as init
 from distrain_jax.models.zoo import logical_names as logical_names
+from distrain_jax.models.zoo import option_types as option_types
 from distrain_jax.models.zoo import valid_options as valid_options

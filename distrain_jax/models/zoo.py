@@ -1,6 +1,7 @@
 """Models by name, for configs; and their parameters, unboxed, with names."""
 
 import dataclasses
+import typing
 from typing import Any
 
 import flax.linen as nn
@@ -26,16 +27,25 @@ MODELS = {
 }
 
 
-def valid_options(name: str) -> tuple[str, ...]:
-  """What `create(name)` takes; their meanings stand at the fields themselves.
+def option_types(name: str) -> dict[str, Any]:
+  """What `create(name)` takes, with the types; meanings stand at the fields.
 
-  >>> valid_options("mlp")[:4]
-  ('activation', 'classes', 'dropout', 'dtype')
+  >>> option_types("mlp")["classes"]
+  <class 'int'>
   """
-  fields = dataclasses.fields(pick("models: name", name, MODELS))
+  model = pick("model name", name, MODELS)
   mine = {"parent", "name", *RESNETS.get(name, ())}
-  names = {field.name for field in fields if field.init} - mine
-  return tuple(sorted(names | {"preset"} if name == "llama" else names))
+  hints = typing.get_type_hints(model)
+  fields = [f.name for f in dataclasses.fields(model) if f.init]
+  types = {field: hints[field] for field in fields if field not in mine}
+  if name == "llama":
+    types["preset"] = str
+  return dict(sorted(types.items()))
+
+
+def valid_options(name: str) -> tuple[str, ...]:
+  """The names of `option_types`."""
+  return tuple(option_types(name))
 
 
 def create(name: str, **options: Any) -> nn.Module:

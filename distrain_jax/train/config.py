@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from distrain_jax import methods
+from distrain_jax import methods, models
 
 OPTIMIZERS = ("adam", "adamw", "momentum", "sgd")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -65,7 +65,7 @@ def default_config() -> ConfigDict:
   c.data.augment = ()  # e.g. ("pad_crop:4", "flip")
   c.data.in_memory = False  # decode everything once, now
 
-  # A config file sets name and options, as distrain_jax.models.create takes.
+  # A config file sets it: model_config(name, options of models.create).
   c.model = ConfigDict()
   c.loss = ConfigDict()  # options of the task's loss, e.g. label_smoothing
   # BatchNorm's statistics across workers: averaged, local or synchronised;
@@ -114,6 +114,43 @@ def default_config() -> ConfigDict:
   # repeated run start at once.
   c.compilation_cache = "~/.cache/distrain_jax/xla"
   return c
+
+
+def model_config(name: str, **options: Any) -> ConfigDict:
+  """`config.model` for a model: all of its options as fields.
+
+  Args:
+    name: as `models.create` takes it.
+    **options: those that are set; the others keep the model's own defaults,
+      and can be set on the command line, e.g. --config.model.layers=2.
+
+  Raises:
+    ValueError: for an unknown model or option.
+  """
+  c = ConfigDict({"name": name})
+  for option, hint in models.option_types(name).items():
+    c[option] = config_dict.placeholder(_field_type(hint))
+  for option, value in options.items():
+    if option not in c:
+      raise ValueError(
+        f"config.model.{option}: {name} has no such option. "
+        + suggest(option, set(c) - {"name"})
+      )
+    c[option] = value
+  return c
+
+
+def quick_or(steps: int, arg: str | None) -> int:
+  """A config's number of steps: 20 with the argument `:quick`.
+
+  Raises:
+    ValueError: for any other argument.
+  """
+  if arg not in (None, "quick"):
+    raise ValueError(
+      f"This config file takes the argument :quick, or none; got :{arg}."
+    )
+  return 20 if arg == "quick" else steps
 
 
 def method_options() -> dict[str, Any]:
@@ -266,6 +303,8 @@ def _options(factory) -> list[str]:
 def _field_type(hint) -> type:
   """bool, int, float or str; dtypes and choices are given as strings."""
   kinds = typing.get_args(hint) or (hint,)
+  if tuple in kinds or typing.get_origin(hint) is tuple:
+    return tuple
   for kind in (bool, int, float):
     if kind in kinds and str not in kinds:
       return kind
