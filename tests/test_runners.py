@@ -158,6 +158,18 @@ def test_parameters_that_lie_elsewhere_are_brought(where, method, mesh):
     jax.tree.map(np.testing.assert_array_equal, run.params(state), expected)
 
 
+@pytest.mark.parametrize("runner", ["simulate", "distribute"])
+def test_parameters_that_lie_there_already_are_copied(runner, method, mesh):
+  if runner == "simulate":
+    run, place = dj.simulate(method, workers=2), jax.devices()[0]
+  else:
+    run = dj.distribute(method, mesh(2))
+    place = NamedSharding(mesh(2), P())
+  params = jax.device_put(make_params(), place)
+  run.step(run.init(KEY, params), make_batch(), KEY)  # donates the state
+  jax.tree.map(np.testing.assert_array_equal, params, make_params())
+
+
 def test_names_of_axes_that_this_mesh_has_not_are_dropped(method):
   theirs = jax.make_mesh(
     (2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2
@@ -336,8 +348,9 @@ def test_members_of_a_population_start_from_their_own_models(runner, mesh):
   else:
     run = dj.distribute(population(), mesh(4))
   batch = {"x": np.zeros(4)}
-  starts = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+  starts = jnp.arange(8.0).reshape(4, 2)
   state, _ = run.step(run.init(KEY, starts, per_worker=True), batch, KEY)
+  assert not starts.is_deleted()
   np.testing.assert_array_equal(state, starts + np.arange(1, 5)[:, None])
   np.testing.assert_array_equal(run.params(state), np.mean(state, 0))
   shared = run.init(KEY, starts[1])
@@ -379,3 +392,5 @@ def test_an_adopted_state_keeps_its_sharding_over_other_axes(method):
   adopted = run.adopt(state)
   same = lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim)
   assert jax.tree.all(jax.tree.map(same, adopted, state))
+  run.step(adopted, make_batch(), KEY)  # donates what is adopted's alone
+  assert not any(x.is_deleted() for x in jax.tree.leaves(state))

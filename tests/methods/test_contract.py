@@ -37,9 +37,7 @@ METHODS = {
     wire_dtype="bfloat16",
     param_dtype="bfloat16",
   ),
-  "guarded": lambda loss_fn, tx: dj.guard(
-    dj.zero1(loss_fn, tx, accumulate=2), spike=3.0
-  ),
+  "guarded": lambda loss_fn, tx: dj.guard(dj.zero1(loss_fn, tx), spike=3.0),
 }
 # Numbers that travel in bfloat16 are summed in another order or precision.
 ROUNDING = {"zero1_low": 2e-2}

@@ -106,7 +106,7 @@ def assert_same_end(contents):
 class Started:
   """A command that runs; whoever uses it, stops it."""
 
-  def __init__(self, command, folder, env):
+  def __init__(self, command, folder):
     self.folder = folder
     self.output = folder / "output.txt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +116,7 @@ class Started:
         cwd=ROOT,
         stdout=file,
         stderr=subprocess.STDOUT,
-        env=env,
-        start_new_session=True,
+        start_new_session=True,  # XLA_FLAGS as here: other flags, other bits
       )
 
   def logged_steps(self):
@@ -147,15 +146,16 @@ class Started:
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("xla")
+  """For the real runs; those of this process compile for themselves."""
+  folder = tmp_path_factory.mktemp("xla")
+  yield folder
+  assert any(folder.iterdir())  # so resumed runs had their programs from it
 
 
 @pytest.fixture
 def start(compilation_cache):
   """start(folder, *arguments) -> a real run of tiny.py; `local` in two."""
   started = []
-  drop = ("JAX_", "XLA_")  # what tests/conftest.py set for this process
-  env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
 
   def run(folder, *arguments, local=False, arg=None):
     command = [
@@ -170,7 +170,7 @@ def start(compilation_cache):
       command = ["launch/local.py", *two, "--", *command]
     else:
       command.append("--devices=8")
-    started.append(Started(command, folder, env))
+    started.append(Started(command, folder))
     return started[-1]
 
   yield run

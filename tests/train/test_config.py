@@ -190,3 +190,32 @@ def test_the_loss_of_text_has_no_options(tiny):
   )
   with pytest.raises(ValueError, match="language_model has no such option"):
     train.build(c)
+
+
+def test_every_option_of_a_model_is_a_field():
+  c = train.model_config("mlp", widths=(8,))
+  assert c.widths == (8,)
+  assert c.dropout is None  # the model's own default
+  c.dropout = 0.5
+  with pytest.raises(TypeError):
+    c.dropout = "x"
+
+
+@pytest.mark.parametrize(
+  "name, options, message",
+  [
+    ("mpl", {}, "Did you mean 'mlp'"),
+    ("mlp", {"width": (8,)}, r"config\.model\.width: mlp has.*mean 'widths'"),
+  ],
+)
+def test_a_model_that_is_not_there_is_refused_where_it_is_named(
+  name, options, message
+):
+  with pytest.raises(ValueError, match=message):
+    train.model_config(name, **options)
+
+
+def test_a_config_files_argument_is_quick_or_none():
+  assert [train.quick_or(300, arg) for arg in (None, "quick")] == [300, 20]
+  with pytest.raises(ValueError, match=r"takes the argument :quick.*got :fast"):
+    train.quick_or(300, "fast")

@@ -293,7 +293,7 @@ def test_simulated_workers_train_and_resume_too(tmp_path):
   def x(events=()):
     return train.Experiment(
       config=configure(),
-      run=dj.simulate(dj.zero1(loss_fn, optax.adam(0.05)), workers=4),
+      run=dj.simulate(dj.ddp(loss_fn, optax.adam(0.05)), workers=4),
       key=jax.random.key(0),
       params=lambda: {"w": jnp.zeros(3)},
       batches=lambda: Batches(events),

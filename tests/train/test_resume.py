@@ -54,31 +54,29 @@ def finish(run):
 
 
 @pytest.mark.parametrize("method", ["ddp", "zero1"])
-def test_killed_runs_end_with_the_bits_of_one_that_was_not(
+def test_stopped_runs_end_with_the_bits_of_one_that_was_not(
   method, steps, start, uninterrupted, assert_same_end, tmp_path
 ):
   flag = f"--config.method.name={method}"
   kill_after(steps, start(tmp_path, flag))
   every = "--config.checkpoint.every=1"
   kill_while_saving(lambda: start(tmp_path, flag, every))
+  if method == "ddp":
+    interrupt_loses_no_step(
+      start(tmp_path, flag, "--config.checkpoint.every=0")
+    )
   finish(start(tmp_path, flag))
   assert_same_end(tmp_path, uninterrupted(method))
 
 
-def test_an_interrupted_run_loses_no_step_and_no_bit(
-  steps, start, uninterrupted, assert_same_end, compilation_cache, tmp_path
-):
-  never = "--config.checkpoint.every=0"  # only because it is interrupted
-  run = start(tmp_path, never)
-  went(run, steps)
+def interrupt_loses_no_step(run):
+  """It saves only because it is interrupted."""
+  went(run, 2)
   run.send(signal.SIGINT)
   assert run.wait() == EXIT_CODE, run.text()
   last = run.logged_steps()[-1]
   assert f"stopped after step {last}, which is saved" in run.text()
-  finish(start(tmp_path, never))
-  # This one took its programs from the cache, the other compiled them.
-  assert any(compilation_cache.iterdir())
-  assert_same_end(tmp_path, uninterrupted("ddp"))
+  assert (run.folder / "checkpoints" / str(last)).is_dir()
 
 
 def children(run):
@@ -100,24 +98,24 @@ def kill_one_of_two_after(steps, run):
 def test_two_processes_killed_end_with_the_bits_of_one_that_was_not(
   steps, start, uninterrupted, assert_same_end, tmp_path
 ):
-  two = functools.partial(start, tmp_path, arg="pair", local=True)
+  flag = "--config.method.name=zero1"
+  two = functools.partial(start, tmp_path, flag, arg="pair", local=True)
   kill_one_of_two_after(steps, two())
   finish(two())
-  assert_same_end(tmp_path, uninterrupted("ddp", "pair"))
+  assert_same_end(tmp_path, uninterrupted("zero1", "pair"))
 
 
-def test_two_processes_of_two_workers_stop_after_the_same_step(
+def test_two_processes_stop_after_the_same_step(
   steps, start, assert_same_end, tmp_path
 ):
   folder, reference = tmp_path / "stopped", tmp_path / "reference"
   two = functools.partial(start, local=True)
-  flag = "--config.method.name=zero1"
-  run = two(reference, flag)
+  run = two(reference)
   assert run.wait() == 0, run.text()
-  kill_one_of_two_after(steps, two(folder, flag))
-  run = two(folder, flag)
+  kill_one_of_two_after(steps, two(folder))
+  run = two(folder)
   went(run, 2)
   os.kill(children(run)[1], signal.SIGTERM)
   assert run.wait() == EXIT_CODE, run.text()
-  finish(two(folder, flag))
+  finish(two(folder))
   assert_same_end(folder, reference)
