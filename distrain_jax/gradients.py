@@ -5,6 +5,7 @@ differentiating through a psum would scale it by the number of workers.
 """
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,8 @@ class Gradient(NamedTuple):
 
 
 def check_accumulate(name: str, accumulate: int) -> None:
-  if not isinstance(accumulate, int) or accumulate < 1:
+  whole = isinstance(accumulate, Integral) and accumulate is not True
+  if not whole or accumulate < 1:
     raise ValueError(
       f"{name}: `accumulate` is the number of micro-batches that each "
       f"worker's share is cut into, at least 1; got {accumulate!r}."
@@ -145,7 +147,9 @@ def squared_norm(tree: Params) -> jax.Array:
 
 
 def check_clip_norm(name: str, clip_norm: float | None) -> None:
-  if clip_norm is not None and not clip_norm > 0:
+  if clip_norm is None:
+    return
+  if not isinstance(clip_norm, Real) or not clip_norm > 0:
     raise ValueError(
       f"{name}: `clip_norm` is the largest global norm of a gradient, above "
       f"0, or None for no clipping; got {clip_norm!r}."

@@ -1,6 +1,7 @@
 """`simulate` and `distribute`: the same method on one device or on a mesh."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -48,8 +49,10 @@ def simulate(method: Method, *, workers: int, donate: bool = True) -> Run:
   Raises:
     ValueError: if workers is not at least 1.
   """
-  if workers < 1:
-    raise ValueError(f"simulate: `workers` is at least 1; got {workers!r}.")
+  if not isinstance(workers, Integral) or workers < 1:
+    raise ValueError(
+      f"simulate: `workers` is a whole number from 1; got {workers!r}."
+    )
   runner = spmd.vmap_runner(method.axis, workers)
   return _run(method, workers, None, runner, donate)
 
@@ -90,9 +93,8 @@ def _run(method, workers, mesh, runner, donate) -> Run:
 
   def shardings(shapes, params):
     if mesh is None:
-      device = SingleDeviceSharding(jax.devices()[0])
-      return jax.tree.map(lambda _: device, shapes)
-    return spmd.like_params(shapes, method.specs, params, mesh)
+      return jax.tree.map(lambda _: _here(), shapes)
+    return spmd.like_params(shapes, method.specs, params, mesh, method.axis)
 
   def abstract(key, params, per_worker=False):
     _check_start(method, workers, params, per_worker)
@@ -105,7 +107,7 @@ def _run(method, workers, mesh, runner, donate) -> Run:
     )
 
   def init(key, params, per_worker=False):
-    key, params = _shared(mesh, (key, params))
+    key, params = _brought(mesh, (key, params))
     like = abstract(key, params, per_worker)
     fn = init_fn(per_worker)
     jitted = jax.jit(
@@ -122,10 +124,13 @@ def _run(method, workers, mesh, runner, donate) -> Run:
   def step(state, batch, key):
     return one_step(state, spmd.split_rows(batch, workers), key)
 
+  local = workers if mesh is None else spmd.local_workers(mesh, method.axis)
+
   def put(batch):
     if mesh is None:
       return jax.device_put(batch)
     sharding = NamedSharding(mesh, each)
+    jax.eval_shape(lambda b: spmd.split_rows(b, local), batch)
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, x), batch)
 
@@ -197,7 +202,9 @@ class _Step:
 
   def _for(self, state):
     leaves, treedef = jax.tree.flatten(state)
-    pins = tuple(x.sharding for x in leaves) if self._pin else None
+    # None for a restored NumPy array: that leaf's place is XLA's to choose.
+    where = tuple(getattr(x, "sharding", None) for x in leaves)
+    pins = where if self._pin else None
     if pins not in self._jitted:
       out = (treedef.unflatten(pins), None) if self._pin else None
       self._jitted[pins] = jax.jit(
@@ -206,11 +213,22 @@ class _Step:
     return self._jitted[pins]
 
 
-def _shared(mesh, tree):
-  """Arguments that every process passes alike, as arrays of the mesh."""
+def _here() -> SingleDeviceSharding:
+  return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _brought(mesh, tree):
+  """Arguments that every process passes alike, on the devices of the run."""
   if mesh is not None and spmd.spans_processes(mesh):
     return spmd.to_global(tree, mesh, P())
-  return tree
+  place = _here() if mesh is None else NamedSharding(mesh, P())
+
+  def one(x):
+    elsewhere = isinstance(x, jax.Array) and x.committed
+    elsewhere = elsewhere and x.sharding.device_set != place.device_set
+    return jax.device_put(x, place) if elsewhere else x
+
+  return jax.tree.map(one, tree)
 
 
 def _adopt(method, workers, mesh, state):
@@ -221,12 +239,13 @@ def _adopt(method, workers, mesh, state):
       "on the same number, or export run.params(state) and start from it."
     )
   with spmd.no_current_mesh():
-    shapes = jax.eval_shape(lambda s: method.reshard(s, workers), state)
-    out = None
+    # On the devices where it lies; then it moves, and is nobody else's.
+    new = jax.jit(lambda s: method.reshard(s, workers))(state)
+    place = _here()
     if mesh is not None:
-      out = spmd.like_params(shapes, method.specs, None, mesh)
-    fn = jax.jit(lambda s: method.reshard(s, workers), out_shardings=out)
-    return fn(state)
+      old = spmd.without_worker_axes(state, method.specs)
+      place = spmd.like_params(new, method.specs, old, mesh, method.axis)
+    return jax.device_put(new, place, may_alias=False)
 
 
 def _check_start(method, workers, params, per_worker):

@@ -10,6 +10,8 @@ Everything that is delicate about it is in this file and nowhere else:
   mesh that is not the current one while one is set.
 - An array that a jitted function returns untouched is its input: donating the
   state would then delete the caller's params. `init` copies.
+- An axis of one worker beside automatic ones is lost in a partly manual
+  program, and XLA then refuses its collectives: it is run by `vmap`.
 - XLA chooses the sharding of outputs over the axes that a method leaves
   automatic. They are pinned to that of the state that comes in, else the
   optimizer's zeros would be replicated and the second step compile again.
@@ -105,10 +107,12 @@ def make_mesh(axes: Mapping[str, int], devices=None) -> Mesh:
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
     sizes[free[0]] = len(devices) // fixed
-  if not sizes or math.prod(sizes.values()) != len(devices):
+  fits = math.prod(sizes.values()) == len(devices)
+  if not fits or min(sizes.values(), default=0) < 1:
+    kind = devices[0].platform if devices else "none given"
     raise ValueError(
       f"a mesh of {dict(axes)} needs {fixed} devices{' or a multiple' if free else ''}, but there "
-      f"are {len(devices)} ({devices[0].platform}). Change the mesh, pass "
+      f"are {len(devices)} ({kind}). Change the mesh, pass "
       "fewer devices, or simulate more on a CPU (--devices=N, or "
       "use_cpu_devices(N) before JAX starts)."
     )
@@ -151,6 +155,8 @@ def vmap_runner(axis: str, workers: int) -> Runner:
 def mesh_runner(mesh: Mesh, axis: str) -> Runner:
   """One worker per position along `axis`; other axes stay automatic."""
   mesh = auto_mesh(mesh)
+  if mesh.shape[axis] == 1 and mesh.size > 1:
+    return vmap_runner(axis, 1)
 
   def runner(fn, in_specs, out_specs):
     def local(*args):
@@ -184,7 +190,7 @@ def split_rows(batch: Any, workers: int) -> Any:
   """
 
   def one(path, x):
-    if jnp.ndim(x) and x.shape[0] % workers == 0:
+    if jnp.ndim(x) and x.shape[0] and x.shape[0] % workers == 0:
       return jnp.reshape(x, (workers, x.shape[0] // workers, *x.shape[1:]))
     raise ValueError(
       f"batch{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}: its first "
@@ -195,7 +201,9 @@ def split_rows(batch: Any, workers: int) -> Any:
   return jax.tree_util.tree_map_with_path(one, batch)
 
 
-def like_params(shapes: Any, specs: Any, params: Any, mesh: Mesh) -> Any:
+def like_params(
+  shapes: Any, specs: Any, params: Any, mesh: Mesh, axis: str
+) -> Any:
   """Shardings of a state over all axes of a mesh.
 
   A leaf is sharded over the automatic axes as the parameter is whose path its
@@ -206,6 +214,7 @@ def like_params(shapes: Any, specs: Any, params: Any, mesh: Mesh) -> Any:
     specs: `Method.specs`.
     params: the parameters (arrays, or shapes with shardings).
     mesh: the mesh.
+    axis: that of the workers; parameters sharded over it are gathered.
 
   Returns:
     A `NamedSharding` per leaf.
@@ -214,7 +223,8 @@ def like_params(shapes: Any, specs: Any, params: Any, mesh: Mesh) -> Any:
   for path, x in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding):
-      known[path] = (jnp.shape(x), tuple(sharding.spec))
+      spec = _automatic(sharding.spec, mesh, axis)
+      known[path] = (jnp.shape(x), spec)
   full = _map(lambda s, x: jax.tree.map(lambda _: s, x), specs, shapes)
 
   def one(path, spec, x):
@@ -226,6 +236,34 @@ def like_params(shapes: Any, specs: Any, params: Any, mesh: Mesh) -> Any:
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(one, full, shapes, is_leaf=_is_spec)
+
+
+def _automatic(spec: P, mesh: Mesh, axis: str) -> tuple:
+  """What a spec says about the axes of `mesh` other than the workers'."""
+
+  def one(entry):
+    names = entry if isinstance(entry, tuple) else (entry,)
+    kept = tuple(x for x in names if x in mesh.axis_names and x != axis)
+    return kept[0] if len(kept) == 1 else kept or None
+
+  parts = list(map(one, spec))
+  while parts and parts[-1] is None:  # P() and P(None) would compile twice
+    parts.pop()
+  return tuple(parts)
+
+
+def without_worker_axes(state: Any, specs: Any) -> Any:
+  """One worker's view of a global state, as shapes with shardings."""
+
+  def one(spec, x):
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+      rest = P(*sharding.spec[len(spec) :])
+      sharding = NamedSharding(sharding.mesh, rest)
+    shape = x.shape[len(spec) :]
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+  return _map(lambda s, x: jax.tree.map(lambda x: one(s, x), x), specs, state)
 
 
 def to_global(tree: Any, mesh: Mesh, spec: P) -> Any:
@@ -249,6 +287,14 @@ def to_global(tree: Any, mesh: Mesh, spec: P) -> Any:
 def spans_processes(mesh: Mesh) -> bool:
   mine = jax.process_index()
   return any(d.process_index != mine for d in mesh.devices.flat)
+
+
+def local_workers(mesh: Mesh, axis: str) -> int:
+  """How many positions along the axis this process has devices of."""
+  mine = np.vectorize(lambda d: d.process_index)(mesh.devices)
+  mine = np.moveaxis(mine, mesh.axis_names.index(axis), 0)
+  rows = mine.reshape(mesh.shape[axis], -1) == jax.process_index()
+  return int(rows.any(1).sum())
 
 
 def no_current_mesh():

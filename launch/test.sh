@@ -7,4 +7,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 use_environment test
-exec python -m pytest "$@"
+# Two processes and no more than four: each simulates eight devices.
+exec python -m pytest -n auto --maxprocesses=4 --dist loadfile "$@"

@@ -122,7 +122,7 @@ def test_quick_takes_few_steps_and_other_arguments_are_refused(name, argument):
   quick = get_config(",".join(filter(None, (argument, "quick"))))
   assert quick.steps == 20
   experiment.program(quick, RUNS[name, argument])  # is valid
-  with pytest.raises(ValueError, match="(?s)quick.*quik|quik.*quick"):
+  with pytest.raises(ValueError, match=r"quick.*quik|quik.*quick"):
     get_config("quik")
 
 

@@ -124,6 +124,15 @@ def test_reduce_scatter_gives_the_pieces_of_the_mean_in_float32(tree, n):
     )
 
 
+@pytest.mark.parametrize("wire_dtype", [None, "bfloat16"])
+def test_what_was_summed_in_low_precision_is_divided_in_float32(wire_dtype):
+  tree = {"low": jnp.ones(5, jnp.bfloat16), "plain": jnp.ones(3)}
+  flat = layout.make_layout(tree, 3)
+  mean = lambda _: flat.reduce_scatter(tree, "i", wire_dtype)
+  pieces = jax.vmap(mean, axis_name="i")(jnp.arange(3))
+  assert {x.dtype for x in pieces.values()} == {jnp.dtype(jnp.float32)}
+
+
 def test_long_buffers_are_cut_in_lanes_of_1024_columns():
   tree = {"a": np.arange(20001.0, dtype=np.float32), "b": np.ones(3, "f")}
   flat = layout.make_layout(tree, 2)

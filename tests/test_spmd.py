@@ -150,7 +150,7 @@ def test_a_twin_mesh_has_auto_axes_and_the_same_devices():
 
 
 def specs_of(mesh, shapes, specs, params):
-  shardings = spmd.like_params(shapes, specs, params, mesh)
+  shardings = spmd.like_params(shapes, specs, params, mesh, "data")
   return jax.tree.map(lambda s: s.spec, shardings)
 
 

@@ -147,7 +147,11 @@ def _cast(tree: Params, dtype: DTypeLike) -> Params:
 
 
 def _check_dtype(field: str, dtype: DTypeLike | None) -> None:
-  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+  try:
+    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+  except TypeError:  # no dtype at all, such as a misspelt name
+    floating = False
+  if not floating:
     raise ValueError(
       f"zero1: `{field}` is a floating dtype such as 'bfloat16', or None; "
       f"got {dtype!r}."
