@@ -81,6 +81,8 @@ def join_processes(auto: bool = False) -> None:
     return
   # XLA for CPU has no collectives between processes of its own.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  # JAX's own handler would swallow a SIGTERM that comes before the trainer's.
+  jax.config.update("jax_enable_preemption_service", False)
   if auto:
     jax.distributed.initialize()
   else:

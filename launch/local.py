@@ -88,9 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: Sequence[str], processes: int, logs: Path) -> int:
   """Starts them, waits, and leaves none behind however it ends."""
   asked: list[int] = []  # signals to pass on
-  before = {
-    n: signal.signal(n, lambda n, _: asked.append(n)) for n in PASSED_ON
-  }
+  note = lambda number, frame: asked.append(number)
+  before = {number: signal.signal(number, note) for number in PASSED_ON}
   workers: list[Worker] = []
   try:
     address = f"localhost:{_free_port()}"
@@ -139,7 +138,8 @@ def watch(workers: Sequence[Worker], asked: list[int]) -> int:
     shown.seek(workers[0].start)
     while True:
       codes = [worker.process.poll() for worker in workers]
-      _show(shown.read())
+      sys.stdout.buffer.write(shown.read())
+      sys.stdout.buffer.flush()
       while asked:
         number = PASSED_ON[asked.pop(0)]
         for worker in workers:
@@ -162,19 +162,8 @@ def _error(workers: Sequence[Worker], i: int) -> str:
     how = f"was ended by {signal.Signals(-code).name}"
   text = log.read_bytes()[start:].decode(errors="replace")
   lines = text.replace("\r", "\n").splitlines()[-LAST_LINES:]
-  return "\n".join(
-    [
-      f"local.py: process {i} of {len(workers)} {how}, so all were ended. "
-      f"The end of {log}:",
-      *(f"  {line}" for line in lines),
-    ]
-  )
-
-
-def _show(output: bytes) -> None:
-  if output:
-    sys.stdout.buffer.write(output)
-    sys.stdout.buffer.flush()
+  head = f"local.py: process {i} of {len(workers)} {how}, so all were ended."
+  return "\n  ".join([f"{head} The end of {log}:", *lines])
 
 
 def _send(worker: Worker, number: int) -> None:

@@ -58,6 +58,8 @@ def parse(argv):
     text = str(e.args[0] if e.args else e).replace("\\n", " ")
     text = re.sub(r"[\\'\"\s]+", " ", text).strip()
     sys.exit(f"--config: unknown field or wrong type: {text}")
+  except OSError as e:
+    sys.exit(f"--config: {e}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,22 @@ small_norm = optax.chain(
   stateless(lambda u, _: jax.tree.map(lambda g: shrink(g, 10.0), u)),
 )
 
+
+def last_two():
+  """The mean of the last two gradients, from a state with an axis of its own."""
+
+  def init(params):
+    return jax.tree.map(lambda x: jnp.zeros((2, *x.shape), x.dtype), params)
+
+  def update(updates, state, params=None):
+    del params
+    push = lambda old, g: jnp.stack([old[1], g])
+    state = jax.tree.map(push, state, updates)
+    return jax.tree.map(lambda x: x.mean(0), state), state
+
+  return optax.GradientTransformation(init, update)
+
+
 NEEDS_MORE = {
   "adafactor": optax.adafactor(1e-3),
   "adafactor, factored": optax.adafactor(1e-3, min_dim_size_to_factor=2),
@@ -105,6 +121,9 @@ NEEDS_MORE = {
     optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), 8
   ),
   "a norm of the smallest leaf only": labelled(optax.adam(1e-3), small_norm),
+  "clipped far above": optax.chain(
+    optax.zero_nans(), optax.clip_by_global_norm(1e3), optax.sgd(0.1)
+  ),
   "own: leaf norm": by_leaf_norm,
   "own: leaf mean": by_mean,
   "own: parameter norm": by_param_norm,
@@ -120,6 +139,12 @@ def test_elementwise_optimizers_are_taken(name):
 def test_optimizers_that_need_more_than_one_element_are_refused(name):
   with pytest.raises(ValueError, match=r"zero1 shards the optimizer element"):
     check_elementwise("zero1", NEEDS_MORE[name], PARAMS)
+
+
+def test_a_state_with_axes_of_its_own_is_refused():
+  # Elementwise as it is, but nobody knows how to cut it for other workers.
+  with pytest.raises(ValueError, match=r"state\['b'\] has shape \(2, 5\)"):
+    check_elementwise("zero1", last_two(), PARAMS)
 
 
 def test_the_message_says_which_leaf_and_what_to_do():

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from distrain_jax import data, methods, models, runners, spmd
 from distrain_jax.method import Method, Variables, stateful
 from distrain_jax.train import config as configs
-from distrain_jax.train import optimizers, placement
+from distrain_jax.train import optimizers, placement, validate
 from distrain_jax.train.evaluate import evaluator, with_bits_per_byte
 
 
@@ -79,7 +79,7 @@ def program(c: ConfigDict, info: data.Info) -> Program:
   mesh = _checked_mesh(c)
   axis = _axis(c.method.name)
   model, task = _model_and_task(c, info, axis)
-  method = _method(c, task, configs.chosen_method_options(c))
+  method = _method(c, task, validate.chosen_method_options(c))
   start = jax.random.fold_in(jax.random.key(c.seed), 0)
   shardings = _shardings(c, model, task, info, mesh)
   return Program(
@@ -90,9 +90,9 @@ def program(c: ConfigDict, info: data.Info) -> Program:
 
 
 def _checked_mesh(c) -> Mesh:
-  configs.chosen_method_options(c)
+  validate.chosen_method_options(c)
   mesh = spmd.make_mesh(c.mesh.to_dict())
-  configs.validate(c, mesh.shape, _axis(c.method.name))
+  validate.validate(c, mesh.shape, _axis(c.method.name))
   return mesh
 
 
@@ -135,7 +135,7 @@ def _model_and_task(c, info: data.Info, axis: str):
     kind, loss["bytes_per_token"] = "language_model", info.bytes_per_token
   else:
     kind = "classification"
-  configs.check_loss_options(c.loss, kind, models.tasks.KINDS[kind][2])
+  validate.check_loss_options(c.loss, kind, models.tasks.KINDS[kind][2])
   return model, models.task(model, kind, example(info), **loss)
 
 

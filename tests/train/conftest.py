@@ -1,4 +1,4 @@
-"""The tiny run of tiny.py: in this process, or as real ones to be killed."""
+"""Two runs to test with: tiny.py, here or in real processes; least squares."""
 
 import functools
 import importlib.util
@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+import distrain_jax as dj
 from distrain_jax import train
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +135,7 @@ class Started:
     while not condition():
       assert self.process.poll() is None, self.text()
       assert time.monotonic() < limit, self.text()
-      time.sleep(0.001)
+      time.sleep(0.003)
 
   def send(self, number):
     self.process.send_signal(number)
@@ -178,3 +181,70 @@ def start(compilation_cache):
     if one.process.poll() is None:
       os.killpg(one.process.pid, signal.SIGKILL)
       one.process.wait()
+
+
+def loss_fn(params, batch, key):
+  """Least squares, with a little noise."""
+  noise = jax.random.uniform(key, minval=0.9, maxval=1.1)
+  error = batch["x"] @ params["w"] - batch["y"]
+  return noise * jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error))}
+
+
+def evaluate(params, split):
+  del split
+  distance = params["w"] - jnp.array([1.0, 2, 3])
+  return {"loss": float(jnp.sum(distance**2)), "accuracy": 0.5}
+
+
+class Batches:
+  """A plain iterator; `events` has what happens when batch i is taken."""
+
+  def __init__(self, events=()):
+    self.taken, self.events = 0, dict(events)
+
+  def __next__(self):
+    self.taken += 1
+    happens = self.events.get(self.taken, lambda batch: batch)
+    rng = np.random.default_rng(self.taken)
+    x = rng.normal(size=(16, 3)).astype(np.float32)
+    return happens({"x": x, "y": x @ np.array([1.0, 2, 3], np.float32)})
+
+  def get_state(self):
+    return {"taken": self.taken}
+
+  def set_state(self, state):
+    self.taken = state["taken"]
+
+
+@pytest.fixture(scope="session")
+def least_squares(mesh):
+  """The guarded run on 4 workers by action and spike, compiled once."""
+
+  @functools.cache
+  def make(action, spike):
+    method = dj.ddp(loss_fn, optax.adam(0.05))
+    return dj.distribute(dj.guard(method, action=action, spike=spike), mesh(4))
+
+  return make
+
+
+@pytest.fixture
+def experiment(least_squares):
+  """experiment(steps, events={}, evaluate=..., **config): made by hand."""
+
+  def make(steps=8, events=(), evaluate=evaluate, **changes):
+    c = train.default_config()
+    c.steps, c.log.every, c.compilation_cache = steps, 1, ""
+    c.evaluation.every = c.checkpoint.every = 0
+    c.update_from_flattened_dict(changes)
+    action = "skip" if c.bad_step.action == "skip" else "count"
+    return train.Experiment(
+      config=c,
+      run=least_squares(action, c.bad_step.spike),
+      key=jax.random.key(0),
+      params=lambda: {"w": jnp.zeros(3)},
+      batches=lambda: Batches(events),
+      evaluate=evaluate,
+    )
+
+  return make

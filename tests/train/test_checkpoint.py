@@ -78,10 +78,8 @@ class Batches:
 
 @pytest.fixture(scope="module")
 def run_of(mesh):
-  """run_of(method, workers): compiled once."""
-  return functools.cache(
-    lambda method, workers: dj.distribute(METHODS[method](), mesh(workers))
-  )
+  make = lambda method, n: dj.distribute(METHODS[method](), mesh(n))
+  return functools.cache(make)
 
 
 def steps(run, state, batches, count=3):
@@ -108,9 +106,9 @@ def save(folder, run, state, batches, step=1, loss=None):
 
 
 def restore(folder, run, method="ddp", step=1, batches=None):
-  batches = Batches() if batches is None else batches
+  like, batches = make_params(method), batches or Batches()
   with Checkpoints(folder) as checkpoints:
-    return checkpoints.restore(step, run, KEY(), make_params(method), batches)
+    return checkpoints.restore(step, run, KEY(), like, batches)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -255,7 +253,33 @@ def test_random_keys_in_a_state_come_back(tmp_path):
   assert_same(jax.random.key_data(got["key"]), jax.random.key_data(KEY()))
 
 
-class Widened(Batches):
+@pytest.mark.parametrize(
+  "name, shape, dtype, message",
+  [
+    ("b", (4,), "float32", r"mu\.b is \(5,\) float32 there, \(4,\) float32 he"),
+    ("b", (5,), "bfloat16", r"mu\.b is \(5,\) float32 there, \(5,\) bfloat16"),
+    (
+      "c",
+      (2,),
+      "float32",
+      r"mu\.c is missing there, \(2,\) float32 here.*json",
+    ),
+  ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+  name, shape, dtype, message, run_of, tmp_path
+):
+  run = run_of("ddp", 4)
+  save(tmp_path, run, start(run), Batches())
+  params = make_params() | {name: jax.ShapeDtypeStruct(shape, dtype)}
+  with (
+    Checkpoints(tmp_path) as checkpoints,
+    pytest.raises(ValueError, match=message),
+  ):
+    checkpoints.restore(1, run, KEY(), params, Batches())
+
+
+class Different(Batches):
   def set_state(self, state):
     raise ValueError("another batch size")
 
@@ -265,48 +289,12 @@ class Forgetful:
     return next(Batches())
 
 
-def changed(**leaves):
-  return lambda: make_params() | leaves
-
-
-@pytest.mark.parametrize(
-  "method, params, batches, message",
-  [
-    ("zero1", make_params, Batches, r"is of ddp, not of zero1.*name=ddp"),
-    (
-      "ddp",
-      changed(b=jnp.zeros(4)),
-      Batches,
-      r"mu\.b is \(5,\) float32 there, \(4,\) float32 here.*config.json",
-    ),
-    (
-      "ddp",
-      changed(b=jnp.zeros(5, jnp.bfloat16)),
-      Batches,
-      r"mu\.b is \(5,\) float32 there, \(5,\) bfloat16 here",
-    ),
-    (
-      "ddp",
-      changed(c=jnp.zeros(2)),
-      Batches,
-      r"mu\.c is missing there, \(2,\) float32 here",
-    ),
-    ("ddp", make_params, Widened, "^another batch size$"),
-  ],
-)
-def test_a_checkpoint_of_another_run_is_refused(
-  method, params, batches, message, run_of, tmp_path
-):
-  run = run_of("ddp", 4)
-  save(tmp_path, run, start(run), Batches())
-  with (
-    Checkpoints(tmp_path) as checkpoints,
-    pytest.raises(ValueError, match=message),
-  ):
-    checkpoints.restore(1, run_of(method, 4), KEY(), params(), batches())
-
-
-def test_an_iterator_that_cannot_tell_where_it_is_is_refused(run_of, tmp_path):
+def test_what_is_wrong_with_method_or_data_is_said_as_it_is(run_of, tmp_path):
   run = run_of("ddp", 4)
   with pytest.raises(TypeError, match="a Forgetful without get_state"):
     save(tmp_path, run, start(run), Forgetful())
+  save(tmp_path, run, start(run), Batches())
+  with pytest.raises(ValueError, match=r"is of ddp, not of zero1.*name=ddp"):
+    restore(tmp_path, run_of("zero1", 4))
+  with pytest.raises(ValueError, match=r"^another batch size$"):
+    restore(tmp_path, run, batches=Different())

@@ -1,0 +1,145 @@
+"""What a config cannot be: refused by its field, before anything compiles."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from distrain_jax import methods
+from distrain_jax.train.config import options_of, suggest
+
+OPTIMIZERS = ("adam", "adamw", "momentum", "sgd")
+SCHEDULES = ("constant", "cosine", "linear")
+DTYPES = ("bfloat16", "float16", "float32")
+AT_LEAST_ONE = (
+  "steps",
+  "batch_size",
+  "evaluation.batch_size",
+  "log.every",
+  "checkpoint.keep",
+  "profile.steps",
+)
+AT_LEAST_ZERO = (
+  "seed",
+  "checkpoint.every",
+  "checkpoint.keep_best",
+  "evaluation.every",
+  "optimizer.learning_rate",
+  "optimizer.warmup_steps",
+  "optimizer.weight_decay",
+  "profile.start",
+)
+
+
+def chosen_method_options(c: ConfigDict) -> dict[str, Any]:
+  """The options that are set.
+
+  Raises:
+    ValueError: for an unknown method, or an option that it does not have.
+  """
+  name = c.method.name
+  factory = methods.FACTORIES.get(name)
+  if factory is None:
+    raise ValueError(
+      f"config.method.name={name!r} is no method. "
+      + suggest(name, methods.FACTORIES)
+    )
+  valid = options_of(factory)
+  chosen = {k: v for k, v in c.method.items() if k != "name" and v is not None}
+  for option in chosen:
+    if option not in valid:
+      raise ValueError(
+        f"config.method.{option}={chosen[option]!r}, but {name} has no such "
+        f"option; it has {', '.join(valid)}. Leave it unset, or choose another "
+        "config.method.name."
+      )
+    if option.endswith("dtype"):
+      _choice(f"method.{option}", chosen[option], DTYPES)
+  return chosen
+
+
+def check_loss_options(c: ConfigDict, kind: str, factory: Any) -> None:
+  """Refuses what the task's loss does not have.
+
+  Args:
+    c: `config.loss`.
+    kind: the task's name, for the message.
+    factory: whose keyword-only options count.
+  """
+  valid = options_of(factory)
+  for option in c:
+    if option not in valid:
+      raise ValueError(
+        f"config.loss.{option}: the loss of {kind} has no such option. "
+        + (suggest(option, valid) if valid else "It has none.")
+      )
+
+
+def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
+  """Refuses what cannot work.
+
+  Args:
+    c: the config as given.
+    mesh_shape: axis -> size of the mesh as built.
+    axis: the method's.
+
+  Raises:
+    ValueError: naming the field, its value, the rule and a way out.
+  """
+  _choice("optimizer.name", c.optimizer.name, OPTIMIZERS)
+  _choice("optimizer.schedule", c.optimizer.schedule, SCHEDULES)
+  _choice("stats", c.stats, ("averaged", "local", "synchronised"))
+  _choice("bad_step.action", c.bad_step.action, ("stop", "skip"))
+  _choice("evaluation.split", c.evaluation.split, ("validation", "test"))
+  for field in AT_LEAST_ONE:
+    _at_least(field, _get(c, field), 1)
+  for field in AT_LEAST_ZERO:
+    _at_least(field, _get(c, field), 0)
+  if axis not in mesh_shape:
+    raise ValueError(
+      f"config.mesh={dict(mesh_shape)} has no axis {axis!r}, which "
+      f"config.method.name={c.method.name!r} works on. Name it in the config "
+      f'file: config.mesh = ConfigDict({{"{axis}": -1}}).'
+    )
+  _batch(c, mesh_shape, axis)
+  for logical, target in c.sharding.items():
+    if target not in mesh_shape or target == axis:
+      raise ValueError(
+        f"config.sharding.{logical}={target!r} must name an axis of "
+        f"config.mesh={dict(mesh_shape)} other than the method's, {axis!r}."
+      )
+
+
+def _batch(c, mesh_shape, axis):
+  n, k = mesh_shape[axis], c.method.get("accumulate") or 1
+  if c.batch_size % (n * k):
+    low = c.batch_size // (n * k) * n * k
+    near = f"{low} or {low + n * k}" if low else f"{n * k}"
+    raise ValueError(
+      f"config.batch_size={c.batch_size} is the global batch and must be a "
+      f"multiple of the {n} workers of config.mesh={dict(mesh_shape)} times "
+      f"config.method.accumulate={k}. Nearest: {near}, e.g. "
+      f"--config.batch_size={low + n * k}."
+    )
+  if c.evaluation.batch_size % n:
+    raise ValueError(
+      f"config.evaluation.batch_size={c.evaluation.batch_size} must be a "
+      f"multiple of the {n} workers of config.mesh={dict(mesh_shape)}, e.g. "
+      f"--config.evaluation.batch_size={-(-c.evaluation.batch_size // n) * n}."
+    )
+
+
+def _choice(field, value, known):
+  if value not in known:
+    raise ValueError(f"config.{field}={value!r}. {suggest(value, known)}")
+
+
+def _at_least(field, value, low):
+  if value < low:
+    raise ValueError(f"config.{field}={value!r} must be at least {low}.")
+
+
+def _get(c, dotted):
+  for part in dotted.split("."):
+    c = c[part]
+  return c
