@@ -125,8 +125,6 @@ def start(
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_PROCESS_ID": str(i),
         "PYTHONUNBUFFERED": "1",
-        # It would take a SIGTERM for itself until training begins.
-        "JAX_ENABLE_PREEMPTION_SERVICE": "0",
       },
     )
   return Worker(process, log, where)
