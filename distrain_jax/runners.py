@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from distrain_jax import spmd
+from distrain_jax import shardings, spmd
 from distrain_jax.method import Method
 
 
@@ -91,10 +91,12 @@ def _run(method, workers, mesh, runner, donate) -> Run:
     start = each if per_worker else same
     return runner(method.init, (same, start), method.specs)
 
-  def shardings(shapes, params):
+  def places(shapes, params):
     if mesh is None:
       return jax.tree.map(lambda _: _here(), shapes)
-    return spmd.like_params(shapes, method.specs, params, mesh, method.axis)
+    return shardings.like_params(
+      shapes, method.specs, params, mesh, method.axis
+    )
 
   def abstract(key, params, per_worker=False):
     _check_start(method, workers, params, per_worker)
@@ -103,7 +105,7 @@ def _run(method, workers, mesh, runner, donate) -> Run:
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes,
-      shardings(shapes, params),
+      places(shapes, params),
     )
 
   def init(key, params, per_worker=False):
@@ -243,8 +245,8 @@ def _adopt(method, workers, mesh, state):
     new = jax.jit(lambda s: method.reshard(s, workers))(state)
     place = _here()
     if mesh is not None:
-      old = spmd.without_worker_axes(state, method.specs)
-      place = spmd.like_params(new, method.specs, old, mesh, method.axis)
+      old = shardings.without_worker_axes(state, method.specs)
+      place = shardings.like_params(new, method.specs, old, mesh, method.axis)
     return jax.device_put(new, place, may_alias=False)
 
 

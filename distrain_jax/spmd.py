@@ -13,7 +13,7 @@ Everything that is delicate about it is in this file and nowhere else:
 - An axis of one worker beside automatic ones is lost in a partly manual
   program, and XLA then refuses its collectives: it is run by `vmap`.
 - XLA chooses the sharding of outputs over the axes that a method leaves
-  automatic. They are pinned to that of the state that comes in, else the
+  automatic. They are pinned (`shardings`) to that of what comes in, else the
   optimizer's zeros would be replicated and the second step compile again.
 - Simulated CPU devices share a few cores: a collective whose partners come
   late aborts the process. Its timeouts are raised and one step is in flight.
@@ -140,14 +140,14 @@ def vmap_runner(axis: str, workers: int) -> Runner:
   """All workers on one device, by `vmap(axis_name=axis)`."""
 
   def runner(fn, in_specs, out_specs):
-    in_axes = _map(lambda spec: 0 if spec else None, in_specs)
+    in_axes = map_specs(lambda spec: 0 if spec else None, in_specs)
     mapped = jax.vmap(fn, in_axes=in_axes, axis_name=axis, axis_size=workers)
 
     def call(*args):
       # Everything comes back with a worker axis: under vmap, a value that is
       # equal on all workers need not be known to be so.
       out = mapped(*args)
-      return _map(lambda s, x: x if s else _first(x), out_specs, out)
+      return map_specs(lambda s, x: x if s else _first(x), out_specs, out)
 
     return call
 
@@ -162,9 +162,9 @@ def mesh_runner(mesh: Mesh, axis: str) -> Runner:
 
   def runner(fn, in_specs, out_specs):
     def local(*args):
-      args = _map(lambda s, x: _first(x) if s else x, in_specs, args)
+      args = map_specs(lambda s, x: _first(x) if s else x, in_specs, args)
       out = fn(*args)
-      return _map(lambda s, x: _stack(x) if s else x, out_specs, out)
+      return map_specs(lambda s, x: _stack(x) if s else x, out_specs, out)
 
     return jax.shard_map(
       local,
@@ -201,71 +201,6 @@ def split_rows(batch: Any, workers: int) -> Any:
     )
 
   return jax.tree_util.tree_map_with_path(one, batch)
-
-
-def like_params(
-  shapes: Any, specs: Any, params: Any, mesh: Mesh, axis: str
-) -> Any:
-  """Shardings of a state over all axes of a mesh.
-
-  A leaf is sharded over the automatic axes as the parameter is whose path its
-  own path ends in, if their shapes agree: moments lie where parameters do.
-
-  Args:
-    shapes: the state, as arrays or ShapeDtypeStructs, worker axes included.
-    specs: `Method.specs`.
-    params: the parameters (arrays, or shapes with shardings).
-    mesh: the mesh.
-    axis: that of the workers; parameters sharded over it are gathered.
-
-  Returns:
-    A `NamedSharding` per leaf.
-  """
-  known = {}
-  for path, x in jax.tree_util.tree_leaves_with_path(params):
-    sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-      spec = _automatic(sharding.spec, mesh, axis)
-      known[path] = (jnp.shape(x), spec)
-  full = _map(lambda s, x: jax.tree.map(lambda _: s, x), specs, shapes)
-
-  def one(path, spec, x):
-    lead = tuple(spec)
-    for start in range(len(path) + 1):
-      shape, rest = known.get(path[start:], (None, ()))
-      if shape == x.shape[len(lead) :]:
-        return NamedSharding(mesh, P(*lead, *rest))
-    return NamedSharding(mesh, spec)
-
-  return jax.tree_util.tree_map_with_path(one, full, shapes, is_leaf=_is_spec)
-
-
-def _automatic(spec: P, mesh: Mesh, axis: str) -> tuple:
-  """What a spec says about the axes of `mesh` other than the workers'."""
-
-  def one(entry):
-    names = entry if isinstance(entry, tuple) else (entry,)
-    kept = tuple(x for x in names if x in mesh.axis_names and x != axis)
-    return kept[0] if len(kept) == 1 else kept or None
-
-  parts = list(map(one, spec))
-  while parts and parts[-1] is None:  # P() and P(None) would compile twice
-    parts.pop()
-  return tuple(parts)
-
-
-def without_worker_axes(state: Any, specs: Any) -> Any:
-  """One worker's view of a global state, as shapes with shardings."""
-
-  def one(spec, x):
-    sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-      rest = P(*sharding.spec[len(spec) :])
-      sharding = NamedSharding(sharding.mesh, rest)
-    shape = x.shape[len(spec) :]
-    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
-
-  return _map(lambda s, x: jax.tree.map(lambda x: one(s, x), x), specs, state)
 
 
 def to_global(tree: Any, mesh: Mesh, spec: P) -> Any:
@@ -306,12 +241,12 @@ def no_current_mesh():
   return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
 
 
-def _is_spec(x) -> bool:
+def is_spec(x) -> bool:
   return isinstance(x, P)
 
 
-def _map(fn, specs, *trees):
-  return jax.tree.map(fn, specs, *trees, is_leaf=_is_spec)
+def map_specs(fn, specs, *trees):
+  return jax.tree.map(fn, specs, *trees, is_leaf=is_spec)
 
 
 def _first(tree):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distrain_jax import spmd
+from distrain_jax import shardings, spmd
 
 pytestmark = pytest.mark.core
 
@@ -150,8 +150,8 @@ def test_a_twin_mesh_has_auto_axes_and_the_same_devices():
 
 
 def specs_of(mesh, shapes, specs, params):
-  shardings = spmd.like_params(shapes, specs, params, mesh, "data")
-  return jax.tree.map(lambda s: s.spec, shardings)
+  like = shardings.like_params(shapes, specs, params, mesh, "data")
+  return jax.tree.map(lambda s: s.spec, like)
 
 
 def struct(*shape, sharding=None):

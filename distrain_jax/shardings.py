@@ -1,0 +1,81 @@
+"""Where a state lies on the axes of a mesh that a method leaves automatic."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distrain_jax import spmd
+
+
+def like_params(
+  shapes: Any, specs: Any, params: Any, mesh: Mesh, axis: str
+) -> Any:
+  """Shardings of a state over all axes of a mesh.
+
+  A leaf is sharded over the automatic axes as the parameter is whose path its
+  own path ends in, if their shapes agree: moments lie where parameters do.
+
+  Args:
+    shapes: the state, as arrays or ShapeDtypeStructs, worker axes included.
+    specs: `Method.specs`.
+    params: the parameters (arrays, or shapes with shardings).
+    mesh: the mesh.
+    axis: that of the workers; parameters sharded over it are gathered.
+
+  Returns:
+    A `NamedSharding` per leaf.
+  """
+  known = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+      spec = _automatic(sharding.spec, mesh, axis)
+      known[path] = (jnp.shape(x), spec)
+  full = spmd.map_specs(
+    lambda s, x: jax.tree.map(lambda _: s, x), specs, shapes
+  )
+
+  def one(path, spec, x):
+    lead = tuple(spec)
+    for start in range(len(path) + 1):
+      shape, rest = known.get(path[start:], (None, ()))
+      if shape == x.shape[len(lead) :]:
+        return NamedSharding(mesh, P(*lead, *rest))
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(
+    one, full, shapes, is_leaf=spmd.is_spec
+  )
+
+
+def _automatic(spec: P, mesh: Mesh, axis: str) -> tuple:
+  """What a spec says about the axes of `mesh` other than the workers'."""
+
+  def one(entry):
+    names = entry if isinstance(entry, tuple) else (entry,)
+    kept = tuple(x for x in names if x in mesh.axis_names and x != axis)
+    return kept[0] if len(kept) == 1 else kept or None
+
+  parts = list(map(one, spec))
+  while parts and parts[-1] is None:  # P() and P(None) would compile twice
+    parts.pop()
+  return tuple(parts)
+
+
+def without_worker_axes(state: Any, specs: Any) -> Any:
+  """One worker's view of a global state, as shapes with shardings."""
+
+  def one(spec, x):
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+      rest = P(*sharding.spec[len(spec) :])
+      sharding = NamedSharding(sharding.mesh, rest)
+    shape = x.shape[len(spec) :]
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+  return spmd.map_specs(
+    lambda s, x: jax.tree.map(lambda x: one(s, x), x), specs, state
+  )
