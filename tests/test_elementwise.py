@@ -52,7 +52,6 @@ ELEMENTWISE = {
   "adamw from a warm-up": optax.adamw(WARM),
   "adagrad": optax.adagrad(0.1),
   "lion": optax.lion(1e-4),
-  "rmsprop": optax.rmsprop(1e-3, centered=True, momentum=0.9),
   "yogi": optax.yogi(1e-3),
   "zero_nans": optax.chain(optax.zero_nans(), optax.sgd(0.1)),
   "own: pull to one": optax.chain(pull_to_one, optax.scale(-0.1)),

@@ -11,9 +11,9 @@ from distrain_jax import layout
 
 pytestmark = pytest.mark.core
 
-SHAPES = [(), (1,), (3,), (7,), (8,), (2, 3), (4, 1), (2, 2, 2), (0,), (5, 3)]
+SHAPES = [(), (0,), (8,), (2, 3), (2, 2, 2)]
 DTYPES = [jnp.float32, jnp.bfloat16]
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=15, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -37,7 +37,7 @@ def trees(draw):
   return jax.tree.map(fill, tree)
 
 
-workers = st.sampled_from([1, 2, 3, 8])
+workers = st.sampled_from([1, 3, 8])
 
 
 def assert_equal(a, b):

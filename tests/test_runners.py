@@ -27,6 +27,10 @@ def loss_fn(params, batch, key):
   return jnp.mean((hidden @ params["v"] - batch["y"]) ** 2), {}
 
 
+# For tests that ask nothing of the method.
+DDP = dj.ddp(loss_fn, optax.sgd(0.01, momentum=0.9))
+
+
 def make_params():
   keys = jax.random.split(KEY, 2)
   return {
@@ -144,33 +148,33 @@ def test_a_simulation_ignores_the_mesh_that_a_caller_has_set(kind, simulated):
 
 
 @pytest.mark.parametrize("where", ["another device", "another mesh"])
-def test_parameters_that_lie_elsewhere_are_brought(where, method, mesh):
+def test_parameters_that_lie_elsewhere_are_brought(where, mesh):
   if where == "another device":
     params = jax.device_put(make_params(), jax.devices()[7])
   else:
     params = jax.device_put(make_params(), NamedSharding(mesh(8), P()))
   expected = make_params()
   for run in (
-    dj.simulate(method, workers=2),
-    dj.distribute(method, mesh(2)),
+    dj.simulate(DDP, workers=2),
+    dj.distribute(DDP, mesh(2)),
   ):
     state = run.init(KEY, params)
     jax.tree.map(np.testing.assert_array_equal, run.params(state), expected)
 
 
 @pytest.mark.parametrize("runner", ["simulate", "distribute"])
-def test_parameters_that_lie_there_already_are_copied(runner, method, mesh):
+def test_parameters_that_lie_there_already_are_copied(runner, mesh):
   if runner == "simulate":
-    run, place = dj.simulate(method, workers=2), jax.devices()[0]
+    run, place = dj.simulate(DDP, workers=2), jax.devices()[0]
   else:
-    run = dj.distribute(method, mesh(2))
+    run = dj.distribute(DDP, mesh(2))
     place = NamedSharding(mesh(2), P())
   params = jax.device_put(make_params(), place)
   run.step(run.init(KEY, params), make_batch(), KEY)  # donates the state
   jax.tree.map(np.testing.assert_array_equal, params, make_params())
 
 
-def test_names_of_axes_that_this_mesh_has_not_are_dropped(method):
+def test_names_of_axes_that_this_mesh_has_not_are_dropped():
   theirs = jax.make_mesh(
     (2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2
   )
@@ -178,7 +182,7 @@ def test_names_of_axes_that_this_mesh_has_not_are_dropped(method):
   params["w"] = jax.device_put(
     params["w"], NamedSharding(theirs, P(None, "model"))
   )
-  run = dj.distribute(method, tensor_mesh(AxisType.Auto))
+  run = dj.distribute(DDP, tensor_mesh(AxisType.Auto))
   state, _ = train(run, params, steps=1)
   assert state.params["w"].sharding.is_fully_replicated
 
@@ -228,7 +232,7 @@ def test_a_step_of_a_loss_without_key_lowers_from_abstract_values(method, mesh):
 
 
 def test_put_places_each_workers_rows_on_its_device(mesh):
-  run = dj.distribute(dj.ddp(loss_fn, TX), mesh(4))
+  run = dj.distribute(DDP, mesh(4))
   batch = make_batch()
   placed = run.put(batch)
   assert placed["x"].sharding.spec == P("data")
@@ -239,28 +243,28 @@ def test_put_places_each_workers_rows_on_its_device(mesh):
   state, _ = run.step(state, placed, KEY)
   again, _ = run.step(run.init(KEY, make_params()), batch, KEY)
   assert_near(state, again)
-  simulated = dj.simulate(dj.ddp(loss_fn, TX), workers=4)
+  simulated = dj.simulate(DDP, workers=4)
   np.testing.assert_array_equal(simulated.put(batch)["x"], batch["x"])
 
 
 def test_put_refuses_rows_that_do_not_divide_among_the_workers(mesh):
-  run = dj.distribute(dj.ddp(loss_fn, TX), mesh(4))
+  run = dj.distribute(DDP, mesh(4))
   with pytest.raises(ValueError, match=r"batch\['x'\].*the 4\s+workers"):
     run.put(make_batch(rows=10))
 
 
-def test_without_donation_the_old_state_stays(method, mesh):
+def test_without_donation_the_old_state_stays(mesh):
   for run in (
-    dj.simulate(method, workers=2, donate=False),
-    dj.distribute(method, mesh(2), donate=False),
+    dj.simulate(DDP, workers=2, donate=False),
+    dj.distribute(DDP, mesh(2), donate=False),
   ):
     state = run.init(KEY, make_params())
     once, again = (run.step(state, make_batch(), KEY) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
-def test_a_state_of_numpy_arrays_is_taken_beside_an_automatic_axis(method):
-  run = dj.distribute(method, tensor_mesh(AxisType.Auto))
+def test_a_state_of_numpy_arrays_is_taken_beside_an_automatic_axis():
+  run = dj.distribute(DDP, tensor_mesh(AxisType.Auto))
   state, _ = train(run, make_params(), steps=1)
   saved = jax.tree.map(np.asarray, state)
   expected, _ = run.step(state, make_batch(), KEY)

@@ -182,13 +182,10 @@ def test_simulated_equals_the_oracle(rule, name, workers, accumulate):
   )
 
 
-@pytest.mark.parametrize(("workers", "accumulate"), [(8, 3), (2, 1)])
 @pytest.mark.parametrize("name", METHODS)
 @by_rule
-def test_distributed_equals_the_oracle(rule, name, workers, accumulate, mesh):
+def test_distributed_equals_the_oracle(rule, name, mesh):
   method = METHODS[name](
-    loss_fn, rule.tx, accumulate=accumulate, clip_norm=rule.clip_norm
+    loss_fn, rule.tx, accumulate=3, clip_norm=rule.clip_norm
   )
-  assert_same(
-    train(dj.distribute(method, mesh(workers))), oracle(rule.optimizer)
-  )
+  assert_same(train(dj.distribute(method, mesh(8))), oracle(rule.optimizer))

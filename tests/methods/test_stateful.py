@@ -145,8 +145,9 @@ def test_synchronised_batchnorm_equals_one_device_with_the_big_batch(
   near(metrics["loss"], loss)
 
 
-@pytest.mark.parametrize("stats", ["averaged", "local"])
-@by_method
+@pytest.mark.parametrize(
+  ("name", "stats"), [("ddp", "local"), ("zero1", "averaged")]
+)
 def test_simulated_equals_distributed_with_microbatches(name, stats, mesh):
   results = []
   for runner in ("simulate", "distribute"):

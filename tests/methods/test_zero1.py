@@ -138,11 +138,10 @@ def test_masters_learn_where_bfloat16_alone_stands_still():
   np.testing.assert_allclose(ends["masters"], 0.999**100, rtol=5e-3)
 
 
-@pytest.mark.parametrize("workers", [3, 8])
-def test_padding_stays_zero_and_out_of_the_norm(workers):
+def test_padding_stays_zero_and_out_of_the_norm():
   params, moments = make_params(), []
   method = dj.zero1(loss_fn, optax.adamw(0.1), clip_norm=0.1)
-  run = dj.simulate(method, workers=workers)
+  run = dj.simulate(method, workers=8)
   batch = make_batch(24)
   state, metrics = run.step(run.init(KEY, params), batch, KEY)
   grads = jax.jit(jax.grad(lambda p: loss_fn(p, batch, KEY)[0]))(params)
