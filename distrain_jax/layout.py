@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from distrain_jax.method import Params
 
 LANES = 1024  # columns of a buffer's last axis, where it is long enough
+TILE = (8, 128)  # what XLA for TPU lays arrays out in
 
 
 class Leaf(NamedTuple):
@@ -63,8 +64,9 @@ class Layout(NamedTuple):
   def pack(self, rows: list[jax.Array]) -> dict[str, jax.Array]:
     """(N, m) leaves side by side: {dtype: (N, rows, lanes)}, zero-padded.
 
-    Three axes with the workers first: XLA for TPU turns a scatter of a flat
-    vector into a whole all-reduce, twice the bytes.
+    Three axes with the workers first, the last two in whole tiles: XLA for
+    TPU turns a scatter of anything else into a whole all-reduce, twice the
+    bytes.
     """
     groups: dict[str, list[jax.Array]] = {}
     for x in rows:
@@ -129,9 +131,13 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
 def _lanes(x: jax.Array) -> jax.Array:
   """(N, M) -> (N, rows, lanes); small buffers stay one row, unpadded."""
   n, m = x.shape
-  if m < 8 * LANES:
+  rows, columns = TILE
+  if m < rows * LANES:
     return x.reshape(n, 1, m)
-  return jnp.pad(x, ((0, 0), (0, -m % LANES))).reshape(n, -1, LANES)
+  lanes = LANES
+  if m < 100 * rows * LANES:  # where the padding would be above 1 %
+    lanes = -(-m // (rows * columns)) * columns
+  return jnp.pad(x, ((0, 0), (0, -m % (rows * lanes)))).reshape(n, -1, lanes)
 
 
 def make_layout(tree: Params, workers: int) -> Layout:
