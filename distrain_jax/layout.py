@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from distrain_jax.method import Params
 
 LANES = 1024  # columns of a buffer's last axis, where it is long enough
-TILE = (8, 128)  # what XLA for TPU lays arrays out in
+# Two of the (8, 128) tiles that XLA for TPU lays arrays out in: for an odd
+# number of them it does not scatter either.
+TILES = (8, 256)
 
 
 class Leaf(NamedTuple):
@@ -131,7 +133,7 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
 def _lanes(x: jax.Array) -> jax.Array:
   """(N, M) -> (N, rows, lanes); small buffers stay one row, unpadded."""
   n, m = x.shape
-  rows, columns = TILE
+  rows, columns = TILES
   if m < rows * LANES:
     return x.reshape(n, 1, m)
   lanes = LANES

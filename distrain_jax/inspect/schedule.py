@@ -1,0 +1,391 @@
+"""One step of a compiled program, walked through in the order it was scheduled.
+
+A model, not a measurement. Instructions run one after the other, each for its
+roofline's seconds (`cost`). A synchronous collective stops the device; an
+asynchronous one runs from its start beside what is scheduled up to its done,
+where the device waits for what is left: that is its exposed time. Collectives
+share one link, copies another. Latencies, launch times and the sharing of
+memory bandwidth are left out.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from distrain_jax.inspect import collectives
+from distrain_jax.inspect.collectives import Collective, base_kind
+from distrain_jax.inspect.cost import FREE, cost
+from distrain_jax.inspect.hardware import Chip
+from distrain_jax.inspect.hlo import Instruction, Module
+from distrain_jax.inspect.loops import Scope, trip_count
+
+MOST_EVENTS = 3000  # of a timeline; longer ones are drawn coarser
+_COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+_ASYNC = ("async", "call", "custom-call", "fusion")
+
+
+class Event(NamedTuple):
+  """A bar of the timeline."""
+
+  stream: str  # compute, communication or memory
+  kind: str  # "matrix products", "other compute", a collective's, "copies"
+  start: float  # seconds from the step's beginning
+  seconds: float
+
+
+class Window(NamedTuple):
+  """What is scheduled between an asynchronous start and its done, once."""
+
+  seconds: float  # of compute
+  flops: float
+  instructions: tuple[str, ...]  # those that take time, in order
+
+
+class Communication(NamedTuple):
+  """A collective of the program, with all of its runs in a step."""
+
+  collective: Collective
+  runs: int
+  seconds: float  # of one run, on the wire
+  exposed: float  # seconds of one run in which the device does nothing else
+  window: Window | None  # None: synchronous
+
+
+class Step(NamedTuple):
+  seconds: float
+  compute_seconds: float
+  flops: dict[str, float]  # by dtype of the operands
+  communication: tuple[Communication, ...]
+  copies_exposed: float  # seconds that asynchronous copies are waited for
+  events: tuple[Event, ...]
+  unknown: tuple[str, ...]  # what the model has no rule for
+
+
+@dataclasses.dataclass
+class _Clock:
+  """The state of the walk; all of it advances with the loops."""
+
+  now: float = 0.0
+  busy: float = 0.0  # seconds of compute so far
+  work: dict[str, float] = dataclasses.field(default_factory=dict)
+  waited: float = 0.0  # for copies
+  free: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def copy(self) -> "_Clock":
+    return dataclasses.replace(self, work=dict(self.work), free=dict(self.free))
+
+  def flops(self) -> float:
+    return sum(self.work.values())
+
+  def again(self, before: "_Clock", times: int) -> None:
+    """What happened since `before` happens `times` more."""
+    shift = (self.now - before.now) * times
+    self.now += shift
+    self.busy += (self.busy - before.busy) * times
+    self.waited += (self.waited - before.waited) * times
+    for dtype, n in self.work.items():
+      self.work[dtype] = n + (n - before.work.get(dtype, 0.0)) * times
+    for stream, end in self.free.items():
+      if end != before.free.get(stream):  # used in the loop
+        self.free[stream] = end + shift
+
+
+class _Pending(NamedTuple):
+  """An asynchronous operation that is not done yet."""
+
+  stream: str
+  start: Instruction
+  seconds: float
+  end: float
+  busy: float  # the clock's, when it started
+  flops: float
+  found: tuple[Collective, ...]
+
+
+def walk(
+  module: Module, chip: Chip, bandwidth: Callable[[Collective], float]
+) -> Step:
+  """Walks through a module.
+
+  Args:
+    module: scheduled.
+    chip: for the seconds of instructions.
+    bandwidth: bytes/s at which a device sends in a collective.
+  """
+  walker = _Walker(module, chip, bandwidth)
+  walker.block(Scope(module, module.entry), 1)
+  clock = walker.clock
+  return Step(
+    seconds=clock.now,
+    compute_seconds=clock.busy,
+    flops=dict(clock.work),
+    communication=tuple(walker.communication),
+    copies_exposed=clock.waited,
+    events=tuple(walker.events),
+    unknown=tuple(sorted(walker.unknown)),
+  )
+
+
+class _Walker:
+  def __init__(self, module, chip, bandwidth):
+    self.module, self.chip, self.bandwidth = module, chip, bandwidth
+    self.clock = _Clock()
+    self.events: list[Event] = []
+    self.communication: list[Communication] = []
+    self.unknown: set[str] = set()
+
+  def block(self, scope: Scope, runs: int) -> None:
+    """The instructions of a computation; `runs`: its runs in the step."""
+    pending: dict[str, _Pending] = {}
+    early: list[tuple[Instruction, float]] = []  # done before any start
+    began = self.clock.busy
+    seen: list[tuple[str, float]] = []  # instruction, busy after it
+    for x in scope.computation.instructions.values():
+      before = self.clock.busy
+      self._one(scope, x, runs, pending, early, began, seen)
+      if self.clock.busy > before:
+        seen.append((x.name, self.clock.busy))
+    for x, busy in early:  # its start is in the iteration before
+      self._finish_early(x, busy, pending, runs, seen)
+    for start in list(pending.values()):
+      self._finish(start, runs, seen)
+
+  def _one(self, scope, x, runs, pending, early, began, seen) -> None:
+    kind = base_kind(x.opcode)
+    if x.opcode in FREE or x.opcode.endswith("-update"):
+      return
+    role = _fused_role(self.module, x)
+    if x.opcode.endswith("-done") or role == "done":
+      start = _start_of(scope, x, pending)
+      if start is not None:
+        self._finish(pending.pop(start), runs, seen)
+      elif kind in (*collectives.KINDS, *_ASYNC) and not self._is_done(
+        scope, x
+      ):
+        early.append((x, self.clock.busy - began))
+    elif x.opcode == "while":
+      self._loop(scope, x, runs)
+    elif x.opcode == "conditional":
+      self._branches(scope, x, runs)
+    elif x.opcode == "call":
+      self.block(scope.into(x.called("to_apply")[0], x), runs)
+    elif kind in collectives.UNCOUNTED:
+      self.unknown.add(f"the bytes of {x.opcode}")
+    elif kind in collectives.KINDS or role == "start":
+      self._collective(scope, x, runs, pending)
+    elif x.opcode.endswith("-start") and kind in _COPIES:
+      self._copy(scope, x, pending)
+    elif role == "middle":
+      self._compute(scope, x)
+    elif any(True for _ in collectives.inside(self.module, x)):
+      self._collective(scope, x, runs, pending)
+    else:
+      self._compute(scope, x)
+
+  def _is_done(self, scope, x) -> bool:
+    """Whether its start was synchronous, or plain compute, and is over."""
+    start = scope.computation.instructions.get(x.operands[0])
+    return start is not None and start.opcode.endswith("-start")
+
+  def _compute(self, scope, x) -> None:
+    found = cost(self.module, scope.computation, x, self.chip)
+    self.unknown.update(found.unknown)
+    for dtype, n in found.flops.items():
+      self.clock.work[dtype] = self.clock.work.get(dtype, 0.0) + n
+    kind = "matrix products" if found.flops else "other compute"
+    self._event("compute", kind, self.clock.now, found.seconds)
+    self.clock.now += found.seconds
+    self.clock.busy += found.seconds
+
+  def _event(self, stream, kind, start, seconds) -> None:
+    if seconds <= 0:
+      return
+    if self.events:
+      last = self.events[-1]
+      joins = last.start + last.seconds >= start - 1e-12
+      if (last.stream, last.kind) == (stream, kind) and joins:
+        together = start + seconds - last.start
+        self.events[-1] = last._replace(seconds=together)
+        return
+    self.events.append(Event(stream, kind, start, seconds))
+
+  def _loop(self, scope, x, runs) -> None:
+    trips = trip_count(scope, x)
+    if trips is None:
+      self.unknown.add(f"how often the loop {x.name} runs (counted once)")
+      trips = 1
+    if trips == 0:
+      return
+    before, first = self.clock.copy(), len(self.events)
+    self.block(scope.into(x.called("body")[0], x), runs * trips)
+    once = self.clock.now - before.now
+    self.clock.again(before, trips - 1)
+    self._repeat(first, once, trips)
+
+  def _repeat(self, first, once, trips) -> None:
+    events = _coarse(self.events[first:], MOST_EVENTS // trips)
+    del self.events[first:]
+    for i in range(trips):
+      for e in events:
+        self._event(e.stream, e.kind, e.start + i * once, e.seconds)
+
+  def _branches(self, scope, x, runs) -> None:
+    """The dearest branch, by its seconds."""
+    keys = ("branch_computations", "true_computation", "false_computation")
+    names = x.called(*keys)
+
+    def attempt(name):
+      saved = self.clock, self.events, self.communication
+      self.clock = self.clock.copy()
+      self.events, self.communication = [], []
+      self.block(scope.into(name, x), runs)
+      seconds = self.clock.now
+      self.clock, self.events, self.communication = saved
+      return seconds
+
+    self.block(scope.into(max(names, key=attempt), x), runs)
+
+  def _describe(self, scope, x) -> tuple[Collective, ...]:
+    found = []
+    own = base_kind(x.opcode) in collectives.KINDS
+    pairs = [(scope.computation, x)] if own else []
+    for computation, y in pairs or collectives.inside(self.module, x):
+      try:
+        one = collectives.describe(self.module, computation, y)
+      except (ValueError, KeyError) as error:
+        self.unknown.add(f"the bytes of {y.name}: {error}")
+        continue
+      if not own and _is_scatter(computation, y):
+        one = collectives.as_reduce_scatter(one)
+      elif collectives.keeps_a_part(self.module, computation, y):
+        one = one._replace(sliced=True)
+      found.append(one._replace(name=x.name))
+    return tuple(found)
+
+  def _collective(self, scope, x, runs, pending) -> None:
+    found = self._describe(scope, x)
+    seconds = sum(c.wire_bytes / self.bandwidth(c) for c in found)
+    if _is_asynchronous(self.module, x):
+      self._begin(x, "communication", seconds, found, pending)
+      return
+    for one in found:
+      took = one.wire_bytes / self.bandwidth(one)
+      self._event("communication", one.kind, self.clock.now, took)
+      self.clock.now += took
+      made = Communication(one, runs, took, took, None)
+      self.communication.append(made)
+
+  def _copy(self, scope, x, pending) -> None:
+    source = scope.computation.instructions[x.operands[0]].shape
+    both = (source, x.shape.elements[0] if x.shape.elements else x.shape)
+    outside = sum(s.bytes for s in both if s.memory_space == 0)
+    seconds = outside / self.chip.memory_bandwidth
+    self._begin(x, "memory", seconds, (), pending)
+
+  def _begin(self, x, stream, seconds, found, pending) -> None:
+    clock = self.clock
+    start = max(clock.now, clock.free.get(stream, 0.0))
+    clock.free[stream] = end = start + seconds
+    kind = found[0].kind if found else "copies"
+    self._event(stream, kind, start, seconds)
+    pending[x.name] = _Pending(
+      stream, x, seconds, end, clock.busy, clock.flops(), found
+    )
+
+  def _finish(self, start: _Pending, runs, seen, more: float = 0.0) -> None:
+    """Waits for a pending operation; `more`: seconds it ran beside before."""
+    clock = self.clock
+    wait = max(0.0, start.end - clock.now - more)
+    clock.now += wait
+    if start.stream == "memory":
+      clock.waited += wait
+      return
+    names = tuple(name for name, busy in seen if busy > start.busy)
+    window = Window(
+      clock.busy - start.busy + more, clock.flops() - start.flops, names
+    )
+    total = sum(c.wire_bytes for c in start.found)
+    for one in start.found:  # in proportion, where one start has several
+      share = one.wire_bytes / total if total else 0.0
+      self.communication.append(
+        Communication(one, runs, start.seconds * share, wait * share, window)
+      )
+
+  def _finish_early(self, x, busy, pending, runs, seen) -> None:
+    name = next((n for n, p in pending.items() if p.found), None)
+    if name is None:
+      self.unknown.add(f"what {x.name} waits for: no start was found")
+    else:
+      self._finish(pending.pop(name), runs, seen, more=busy)
+
+
+def _fused_role(module: Module, x: Instruction) -> str:
+  """TPU: whether a fusion starts, carries on or ends a collective."""
+  if x.opcode != "fusion":
+    return ""
+  targets, carried = set(), False
+  for name in x.called("calls"):
+    for y in module.computations[name].instructions.values():
+      if y.opcode == "custom-call":
+        targets.add(y.target)
+      elif y.opcode in collectives.KINDS:
+        carried |= "async_collective_fusion_config" in y.config()
+  for role in ("Start", "Done"):
+    if f"AsyncCollective{role}" in targets:
+      return role.lower()
+  return "middle" if carried else ""
+
+
+def _start_of(scope: Scope, x: Instruction, pending) -> str | None:
+  """Which pending operation a done ends."""
+  name = x.operands[0]
+  while name not in pending:
+    y = scope.computation.instructions[name]
+    through = y.opcode.endswith("-update") or y.opcode in ("bitcast", "copy")
+    if not y.operands or not (through or y.opcode == "get-tuple-element"):
+      break
+    name = y.operands[0]
+  if name in pending:
+    return name
+  if x.opcode != "fusion":
+    return None
+  # A fused done comes by way of the loops in between: the oldest of its form.
+  fused = [n for n, p in pending.items() if p.start.opcode == "fusion"]
+  return fused[0] if fused else None
+
+
+def _is_asynchronous(module: Module, x: Instruction) -> bool:
+  if x.opcode == "fusion":
+    return _fused_role(module, x) == "start"
+  if not x.opcode.endswith("-start"):
+    return False
+  return not x.config().get("collective_backend_config", {}).get("is_sync")
+
+
+def _is_scatter(computation, y: Instruction) -> bool:
+  """An all-reduce in a fusion that gives back one part of it."""
+  root = computation.root
+  return (
+    base_kind(y.opcode) == "all-reduce"
+    and root.shape.bytes < y.shape.bytes
+    and any(
+      z.opcode == "dynamic-slice" for z in computation.instructions.values()
+    )
+  )
+
+
+def _coarse(events: list[Event], most: int) -> list[Event]:
+  """At most so many events: neighbours on a stream become one bar."""
+  most = max(1, most)
+  streams: dict[str, list[Event]] = {}
+  for event in events:
+    streams.setdefault(event.stream, []).append(event)
+  step = -(-len(events) // most)
+  out = []
+  for group in streams.values():
+    for i in range(0, len(group), step):
+      part = group[i : i + step]
+      largest = max(part, key=lambda e: e.seconds)
+      busy = sum(e.seconds for e in part)
+      out.append(largest._replace(start=part[0].start, seconds=busy))
+  return sorted(out, key=lambda e: e.start)
