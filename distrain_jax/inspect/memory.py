@@ -27,7 +27,8 @@ class Memory(NamedTuple):
   code: int
   peak: int  # arguments + outputs - aliased + temporaries
   state: dict[str, int]  # by field; {} where the program is no method's step
-  batch: int  # the other arguments
+  batch: int  # the other arguments, those that the program reads
+  padding: int  # that the hardware's tiles add to the arguments
   gradient_like: int  # of the temporaries at the peak, shaped as parameters
   activations: int  # the rest of the temporaries
 
@@ -58,6 +59,9 @@ def measure(
   """
   m = compiled.memory_analysis()
   fields = state_fields(state) if state is not None else {}
+  held = sum(fields.values())
+  others = m.argument_size_in_bytes - held
+  batch = min(others, bytes_held(arguments) - held)
   parameters = _parameter_shapes(state if state is not None else arguments)
   live = at_peak(module)
   like = sum(a.bytes for a in live if (a.dtype, _key(a.dims)) in parameters)
@@ -75,7 +79,8 @@ def measure(
     - m.alias_size_in_bytes
     + temporaries,
     state=fields,
-    batch=m.argument_size_in_bytes - sum(fields.values()),
+    batch=batch,
+    padding=others - batch,
     gradient_like=round(temporaries * share),
     activations=temporaries - round(temporaries * share),
   )

@@ -132,10 +132,12 @@ def _memory_table(report: Report) -> str:
   rows = [(f"state: {name}", size) for name, size in m.state.items()]
   rows += [
     ("batch and other arguments" if m.state else "arguments", m.batch),
+    ("padding of the arguments", m.padding),
     ("temporaries like gradients (estimate)", m.gradient_like),
     ("temporaries: activations, workspace (estimate)", m.activations),
     ("outputs in memory of their own", m.outputs - m.aliased),
-    ("peak", m.peak),
+    ("peak of these", m.peak),
+    ("program code", m.code),
   ]
   return render(
     ("memory", "bytes", ""),

@@ -12,25 +12,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from distrain_jax.inspect import collectives
+from distrain_jax.inspect import collectives, forms, timeline
 from distrain_jax.inspect.collectives import Collective, base_kind
 from distrain_jax.inspect.cost import FREE, cost
 from distrain_jax.inspect.hardware import Chip
 from distrain_jax.inspect.hlo import Instruction, Module
 from distrain_jax.inspect.loops import Scope, trip_count
+from distrain_jax.inspect.timeline import Event as Event
 
-MOST_EVENTS = 3000  # of a timeline; longer ones are drawn coarser
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 _ASYNC = ("async", "call", "custom-call", "fusion")
-
-
-class Event(NamedTuple):
-  """A bar of the timeline."""
-
-  stream: str  # compute, communication or memory
-  kind: str  # "matrix products", "other compute", a collective's, "copies"
-  start: float  # seconds from the step's beginning
-  seconds: float
 
 
 class Window(NamedTuple):
@@ -154,9 +145,10 @@ class _Walker:
     kind = base_kind(x.opcode)
     if x.opcode in FREE or x.opcode.endswith("-update"):
       return
-    role = _fused_role(self.module, x)
+    role = forms.fused_role(self.module, x)
     if x.opcode.endswith("-done") or role == "done":
-      start = _start_of(scope, x, pending)
+      starts = {name: p.start for name, p in pending.items()}
+      start = forms.start_of(scope.computation, x, starts)
       if start is not None:
         self._finish(pending.pop(start), runs, seen)
       elif kind in (*collectives.KINDS, *_ASYNC) and not self._is_done(
@@ -193,21 +185,12 @@ class _Walker:
     for dtype, n in found.flops.items():
       self.clock.work[dtype] = self.clock.work.get(dtype, 0.0) + n
     kind = "matrix products" if found.flops else "other compute"
-    self._event("compute", kind, self.clock.now, found.seconds)
+    self._bar("compute", kind, self.clock.now, found.seconds)
     self.clock.now += found.seconds
     self.clock.busy += found.seconds
 
-  def _event(self, stream, kind, start, seconds) -> None:
-    if seconds <= 0:
-      return
-    if self.events:
-      last = self.events[-1]
-      joins = last.start + last.seconds >= start - 1e-12
-      if (last.stream, last.kind) == (stream, kind) and joins:
-        together = start + seconds - last.start
-        self.events[-1] = last._replace(seconds=together)
-        return
-    self.events.append(Event(stream, kind, start, seconds))
+  def _bar(self, stream, kind, start, seconds) -> None:
+    timeline.add(self.events, Event(stream, kind, start, seconds))
 
   def _loop(self, scope, x, runs) -> None:
     trips = trip_count(scope, x)
@@ -220,14 +203,7 @@ class _Walker:
     self.block(scope.into(x.called("body")[0], x), runs * trips)
     once = self.clock.now - before.now
     self.clock.again(before, trips - 1)
-    self._repeat(first, once, trips)
-
-  def _repeat(self, first, once, trips) -> None:
-    events = _coarse(self.events[first:], MOST_EVENTS // trips)
-    del self.events[first:]
-    for i in range(trips):
-      for e in events:
-        self._event(e.stream, e.kind, e.start + i * once, e.seconds)
+    timeline.repeat(self.events, first, once, trips)
 
   def _branches(self, scope, x, runs) -> None:
     """The dearest branch, by its seconds."""
@@ -255,7 +231,7 @@ class _Walker:
       except (ValueError, KeyError) as error:
         self.unknown.add(f"the bytes of {y.name}: {error}")
         continue
-      if not own and _is_scatter(computation, y):
+      if not own and forms.is_scatter(computation, y):
         one = collectives.as_reduce_scatter(one)
       elif collectives.keeps_a_part(self.module, computation, y):
         one = one._replace(sliced=True)
@@ -265,12 +241,12 @@ class _Walker:
   def _collective(self, scope, x, runs, pending) -> None:
     found = self._describe(scope, x)
     seconds = sum(c.wire_bytes / self.bandwidth(c) for c in found)
-    if _is_asynchronous(self.module, x):
+    if forms.is_asynchronous(self.module, x):
       self._begin(x, "communication", seconds, found, pending)
       return
     for one in found:
       took = one.wire_bytes / self.bandwidth(one)
-      self._event("communication", one.kind, self.clock.now, took)
+      self._bar("communication", one.kind, self.clock.now, took)
       self.clock.now += took
       made = Communication(one, runs, took, took, None)
       self.communication.append(made)
@@ -287,7 +263,7 @@ class _Walker:
     start = max(clock.now, clock.free.get(stream, 0.0))
     clock.free[stream] = end = start + seconds
     kind = found[0].kind if found else "copies"
-    self._event(stream, kind, start, seconds)
+    self._bar(stream, kind, start, seconds)
     pending[x.name] = _Pending(
       stream, x, seconds, end, clock.busy, clock.flops(), found
     )
@@ -317,75 +293,3 @@ class _Walker:
       self.unknown.add(f"what {x.name} waits for: no start was found")
     else:
       self._finish(pending.pop(name), runs, seen, more=busy)
-
-
-def _fused_role(module: Module, x: Instruction) -> str:
-  """TPU: whether a fusion starts, carries on or ends a collective."""
-  if x.opcode != "fusion":
-    return ""
-  targets, carried = set(), False
-  for name in x.called("calls"):
-    for y in module.computations[name].instructions.values():
-      if y.opcode == "custom-call":
-        targets.add(y.target)
-      elif y.opcode in collectives.KINDS:
-        carried |= "async_collective_fusion_config" in y.config()
-  for role in ("Start", "Done"):
-    if f"AsyncCollective{role}" in targets:
-      return role.lower()
-  return "middle" if carried else ""
-
-
-def _start_of(scope: Scope, x: Instruction, pending) -> str | None:
-  """Which pending operation a done ends."""
-  name = x.operands[0]
-  while name not in pending:
-    y = scope.computation.instructions[name]
-    through = y.opcode.endswith("-update") or y.opcode in ("bitcast", "copy")
-    if not y.operands or not (through or y.opcode == "get-tuple-element"):
-      break
-    name = y.operands[0]
-  if name in pending:
-    return name
-  if x.opcode != "fusion":
-    return None
-  # A fused done comes by way of the loops in between: the oldest of its form.
-  fused = [n for n, p in pending.items() if p.start.opcode == "fusion"]
-  return fused[0] if fused else None
-
-
-def _is_asynchronous(module: Module, x: Instruction) -> bool:
-  if x.opcode == "fusion":
-    return _fused_role(module, x) == "start"
-  if not x.opcode.endswith("-start"):
-    return False
-  return not x.config().get("collective_backend_config", {}).get("is_sync")
-
-
-def _is_scatter(computation, y: Instruction) -> bool:
-  """An all-reduce in a fusion that gives back one part of it."""
-  root = computation.root
-  return (
-    base_kind(y.opcode) == "all-reduce"
-    and root.shape.bytes < y.shape.bytes
-    and any(
-      z.opcode == "dynamic-slice" for z in computation.instructions.values()
-    )
-  )
-
-
-def _coarse(events: list[Event], most: int) -> list[Event]:
-  """At most so many events: neighbours on a stream become one bar."""
-  most = max(1, most)
-  streams: dict[str, list[Event]] = {}
-  for event in events:
-    streams.setdefault(event.stream, []).append(event)
-  step = -(-len(events) // most)
-  out = []
-  for group in streams.values():
-    for i in range(0, len(group), step):
-      part = group[i : i + step]
-      largest = max(part, key=lambda e: e.seconds)
-      busy = sum(e.seconds for e in part)
-      out.append(largest._replace(start=part[0].start, seconds=busy))
-  return sorted(out, key=lambda e: e.start)

@@ -16,7 +16,9 @@ def count(line, *shapes):
   parameters = "\n".join(
     f"  %p{i} = {shape} parameter({i})" for i, shape in enumerate(shapes)
   )
-  text = f"{HEAD}ENTRY %main (p: f32[]) -> f32[] {{\n{parameters}\n  {line}\n}}\n"
+  text = (
+    f"{HEAD}ENTRY %main (p: f32[]) -> f32[] {{\n{parameters}\n  {line}\n}}\n"
+  )
   module = hlo.parse(text)
   return flops(module, module.entry, module.entry.root)
 
@@ -42,26 +44,46 @@ def tpu(shape, window, labels, *operands):
   [
     # A matrix product: (6, 128, 32) @ (32, 64), the 6 as a window of size 1.
     (
-      ("f32[6,128,64]", "size=1", "0bf_io0->0bf")
-      + ("f32[6,128,32]", "f32[32,64,1]"),
+      (
+        "f32[6,128,64]",
+        "size=1",
+        "0bf_io0->0bf",
+        "f32[6,128,32]",
+        "f32[32,64,1]",
+      ),
       2 * 6 * 128 * 32 * 64,
     ),
     # Contracted over two axes, one of them the window's: (4, 128, 2, 32).
     (
-      ("f32[128,64,1]", "size=4", "0fb_0io->bf0")
-      + ("f32[4,32,128]", "f32[4,32,64]"),
+      (
+        "f32[128,64,1]",
+        "size=4",
+        "0fb_0io->bf0",
+        "f32[4,32,128]",
+        "f32[4,32,64]",
+      ),
       2 * 4 * 32 * 128 * 64,
     ),
     # Batched, by dilation: each output position meets one of the kernel's.
     (
-      ("f32[4,128,64]", "size=4 stride=3 lhs_dilate=4", "0bf_0io->0bf")
-      + ("f32[4,128,32]", "f32[4,32,64]"),
+      (
+        "f32[4,128,64]",
+        "size=4 stride=3 lhs_dilate=4",
+        "0bf_0io->0bf",
+        "f32[4,128,32]",
+        "f32[4,32,64]",
+      ),
       2 * 4 * 128 * 32 * 64,
     ),
     # The outer product of heads, by padding and reversal.
     (
-      ("f32[1,8,4,32]", "size=1x4 pad=0_0x3_3 rhs_reversal=0x1", "0bf1_1oi0->0b1f")
-      + ("f32[1,8,16,1]", "f32[4,32,16,1]"),
+      (
+        "f32[1,8,4,32]",
+        "size=1x4 pad=0_0x3_3 rhs_reversal=0x1",
+        "0bf1_1oi0->0b1f",
+        "f32[1,8,16,1]",
+        "f32[4,32,16,1]",
+      ),
       2 * 8 * 4 * 32 * 16,
     ),
   ],
@@ -87,7 +109,7 @@ def test_convolutions_of_a_real_program(stride, padding, groups):
   # By hand: ones convolved count the positions that meet the input.
   met = np.asarray(f(x, w)).sum()
   text = jax.jit(f).lower(x, w).compile().as_text()
-  line = next(l for l in text.splitlines() if " convolution(" in l)
+  line = next(x for x in text.splitlines() if " convolution(" in x)
   found = hlo.parse_instruction(line)
   module = hlo.parse(text)
   computation = next(
@@ -119,6 +141,7 @@ def test_what_cannot_be_counted_is_named_not_zero():
   assert found == {}
   assert "my_kernel" in unknown[0]
   line = line.replace("f32[8]{0} ", "f32[8]{0} ").replace(
-    '"my_kernel"', '"tpu_custom_call", backend_config={"cost_estimate":{"flops":"640"}}'
+    '"my_kernel"',
+    '"tpu_custom_call", backend_config={"cost_estimate":{"flops":"640"}}',
   )
   assert count(line, "bf16[8]") == ({"bf16": 640.0}, [])
