@@ -1,6 +1,6 @@
 """`simulate` and `distribute`: the same method on one device or on a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from distrain_jax import compile_options as options_by_chip
 from distrain_jax import shardings, spmd
 from distrain_jax.method import Method
 
@@ -57,7 +58,13 @@ def simulate(method: Method, *, workers: int, donate: bool = True) -> Run:
   return _run(method, workers, None, runner, donate)
 
 
-def distribute(method: Method, mesh: Mesh, *, donate: bool = True) -> Run:
+def distribute(
+  method: Method,
+  mesh: Mesh,
+  *,
+  donate: bool = True,
+  compiler_options: Mapping[str, Any] | None = None,
+) -> Run:
   """A method on a mesh: one worker per position along the method's axis.
 
   Other axes of the mesh stay automatic: shard params over them before `init`,
@@ -69,6 +76,8 @@ def distribute(method: Method, mesh: Mesh, *, donate: bool = True) -> Run:
     method: what a factory such as `ddp` returned.
     mesh: has the method's axis; Explicit axes are used as Auto ones.
     donate: whether `step` may reuse the memory of the state it is given.
+    compiler_options: XLA's options for `step`, over those that the table of
+      `compile_options` has for the mesh's chip.
 
   Raises:
     ValueError: if the mesh lacks the axis.
@@ -81,10 +90,12 @@ def distribute(method: Method, mesh: Mesh, *, donate: bool = True) -> Run:
     )
   mesh = spmd.auto_mesh(mesh)
   runner = spmd.mesh_runner(mesh, method.axis)
-  return _run(method, mesh.shape[method.axis], mesh, runner, donate)
+  options = {**options_by_chip.for_mesh(mesh), **(compiler_options or {})}
+  workers = mesh.shape[method.axis]
+  return _run(method, workers, mesh, runner, donate, options)
 
 
-def _run(method, workers, mesh, runner, donate) -> Run:
+def _run(method, workers, mesh, runner, donate, options=None) -> Run:
   each, same = P(method.axis), P()
 
   def init_fn(per_worker):
@@ -141,7 +152,7 @@ def _run(method, workers, mesh, runner, donate) -> Run:
     workers=workers,
     mesh=mesh,
     init=init,
-    step=_Step(step, mesh, method.axis, donate),
+    step=_Step(step, mesh, method.axis, donate, options),
     params=_Program(runner(method.params, (method.specs,), same)),
     abstract=abstract,
     put=put,
@@ -167,8 +178,9 @@ class _Program:
 class _Step:
   """`run.step`: donates and pins the state; see `spmd` for why."""
 
-  def __init__(self, fn, mesh, axis, donate):
+  def __init__(self, fn, mesh, axis, donate, options):
     self._fn, self._mesh, self._axis = fn, mesh, axis
+    self._options = options or None
     self._donate = (0,) if donate else ()
     self._many = mesh is not None and spmd.spans_processes(mesh)
     # Other axes are XLA's to choose, and it forgets an axis of one worker.
@@ -210,7 +222,10 @@ class _Step:
     if pins not in self._jitted:
       out = (treedef.unflatten(pins), None) if self._pin else None
       self._jitted[pins] = jax.jit(
-        self._fn, donate_argnums=self._donate, out_shardings=out
+        self._fn,
+        donate_argnums=self._donate,
+        out_shardings=out,
+        compiler_options=self._options,
       )
     return self._jitted[pins]
 

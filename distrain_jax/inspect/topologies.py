@@ -5,8 +5,10 @@ along each dimension (a TPU7x chip is two devices); `h100:8` is one host of
 eight GPUs and `h100:2x8` two. The compilers come with the extra `aot`.
 """
 
+import contextlib
 import difflib
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -24,6 +26,7 @@ from distrain_jax import spmd
 from distrain_jax.inspect import hardware
 
 INSTALL = "pip install 'distrain-jax[aot]'"
+TOOLKIT = pathlib.Path("/usr/local/cuda")
 
 
 class Family(NamedTuple):
@@ -43,7 +46,7 @@ FAMILIES: dict[str, Family] = {
   # A pod, https://docs.cloud.google.com/tpu/docs/tpu7x
   "tpu7x": Family((3,), (16, 24, 24), 9216, ("tpu7x:2x2x1", "tpu7x:2x2x2")),
   # GPUs a host, or hosts x GPUs: the second number is one NVLink domain.
-  "h100": Family((1, 2), (8, 128), 1024, ("h100:8", "h100:2x8")),
+  "h100": Family((1, 2), (128, 8), 1024, ("h100:8", "h100:2x8")),
 }
 
 
@@ -74,7 +77,7 @@ def topology(name: str) -> Topology:
   family, shape = _parsed(name)
   chip = hardware.CHIPS[family]
   if family == "h100":
-    devices = _gpus(name, shape)
+    devices, name = _gpus(name, shape), _named(chip, shape)
     return Topology(name, "cuda", chip, devices, shape, hosts=shape[0])
   devices = _tpus(name, shape)
   hosts = len({d.process_index for d in devices})
@@ -109,11 +112,8 @@ def of(where: Any) -> Topology | None:
   if chip is None:
     return None
   if chip.name == "h100":
-    # Hosts, of which one may run several processes; and see `_gpus`.
-    places = [d.slice_index for d in devices]
-    if hasattr(devices[0], "coords"):
-      places = [tuple(d.coords[:2]) for d in devices]
-    hosts = len(set(places))
+    # By NVLink domain: one host may run several processes.
+    hosts = len({_domain(d) for d in devices})
     shape = (hosts, len(devices) // hosts)
     return Topology(_named(chip, shape), "cuda", chip, devices, shape, hosts)
   dims = FAMILIES[chip.name].dims[0]
@@ -121,6 +121,10 @@ def of(where: Any) -> Topology | None:
   shape = tuple(max(c) - min(c) + 1 for c in along)
   hosts = len({d.process_index for d in devices})
   return Topology(_named(chip, shape), "tpu", chip, devices, shape, hosts)
+
+
+def _domain(gpu) -> int:
+  return gpu.coords[0] if hasattr(gpu, "coords") else gpu.slice_index
 
 
 def _named(chip, shape) -> str:
@@ -150,7 +154,7 @@ def _parsed(name: str) -> tuple[str, tuple[int, ...]]:
   if len(shape) not in rule.dims:
     dims = " or ".join(map(str, rule.dims))
     raise _bad_shape(
-      name, f"{family} takes {dims} number(s) in a shape, not {len(shape)}"
+      name, f"a shape of {family} has {dims} numbers, not {len(shape)}"
     )
   if family == "h100":
     hosts, gpus = (1, *shape)[-2:]
@@ -190,13 +194,33 @@ def _gpus(name: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
   # Without it XLA fails at the end of a compilation, or ends the process.
   _need(_has_ptxas(), name, "ptxas, the assembler of the CUDA toolkit,")
   hosts, gpus = shape
-  return _asked(
-    name,
-    platform="cuda",
-    topology_name="h100",
-    target_config=H100,
-    topology=f"1x{hosts}x{gpus}",  # NVLink domains of several hosts: 1
-  )
+  request = {
+    "platform": "cuda",
+    "topology_name": "h100",
+    "target_config": H100,
+    "topology": f"{hosts}x1x{gpus}",  # a host is an NVLink domain of its own
+  }
+  with _without_cuda_check():
+    try:
+      return _asked(name, **request)
+    except NotImplementedError:  # it was refused when JAX started
+      version = 12 if _has_module("jax_cuda12_plugin") else 13
+      importlib.import_module(f"jax_plugins.xla_cuda{version}").initialize()
+      return _asked(name, **request)
+
+
+@contextlib.contextmanager
+def _without_cuda_check():
+  """Lets the plugin register where there is no CUDA to run programs on."""
+  flag = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
+  before = os.environ.get(flag)
+  os.environ[flag] = "1"
+  try:
+    yield
+  finally:
+    del os.environ[flag]
+    if before is not None:
+      os.environ[flag] = before
 
 
 def _asked(name: str, **request) -> tuple[Any, ...]:
@@ -234,7 +258,7 @@ def _has_ptxas() -> bool:
     for root in roots
     for package in ("cuda_nvcc", "cu13")
   ]
-  places.append(pathlib.Path("/usr/local/cuda/bin/ptxas"))
+  places.append(TOOLKIT / "bin" / "ptxas")
   return shutil.which("ptxas") is not None or any(p.exists() for p in places)
 
 

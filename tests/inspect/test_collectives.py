@@ -105,7 +105,10 @@ def test_bytes_that_a_device_sends(line, kind, size, n, wire):
     ("mesh['data'=4] {'data'}", ((0, 1, 2, 3),)),
     ("mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
     ("mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
-    ("mesh['a'=2, 'b'=2, device_ids=([4]<=[2,2]T(1,0))] {'b'}", ((0, 2), (1, 3))),
+    (
+      "mesh['a'=2, 'b'=2, device_ids=([4]<=[2,2]T(1,0))] {'b'}",
+      ((0, 2), (1, 3)),
+    ),
   ],
 )
 def test_notations_of_groups(text, groups):

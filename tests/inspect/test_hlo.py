@@ -93,7 +93,10 @@ def test_called_computations_in_braces():
   [
     ("module @jit_f {", "compiled.as_text"),
     ("HloModule m\n", "no ENTRY"),
-    ("HloModule m\nENTRY %e () -> f32[] {\n  what is this\n}\n", "what is this"),
+    (
+      "HloModule m\nENTRY %e () -> f32[] {\n  what is this\n}\n",
+      "what is this",
+    ),
   ],
 )
 def test_what_is_no_compiled_program_is_refused(text, message):

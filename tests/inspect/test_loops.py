@@ -54,9 +54,7 @@ def count(**changes):
   for name, value in (values | changes).items():
     text = text.replace(f"{name})" if value.count(")") else name, value)
   module = hlo.parse(text)
-  return trip_count(
-    Scope(module, module.entry), module.entry.instructions["w"]
-  )
+  return trip_count(Scope(module, module.entry), module.entry.instructions["w"])
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_an_all_reduce_that_a_fusion_scatters_counts_as_a_reduce_scatter():
   ("line", "named"),
   [
     ("%s = (f32[200]{0}, u32[], token[]) send(%g, %g), channel_id=1", "send"),
-    ("%k = f32[200]{0} custom-call(%g), custom_call_target=\"mine\"", "mine"),
+    ('%k = f32[200]{0} custom-call(%g), custom_call_target="mine"', "mine"),
     (
       "%c = f32[200]{0} all-reduce(%g), replica_groups=stars{1}, to_apply=%add",
       "unknown notation",
