@@ -13,4 +13,5 @@ from distrain_jax.inspect.topologies import mesh as mesh
 from distrain_jax.inspect.topologies import topology as topology
 from distrain_jax.inspect.traffic import bytes_held as bytes_held
 from distrain_jax.inspect.traffic import bytes_sent as bytes_sent
+from distrain_jax.inspect.tree import Tree as Tree
 from distrain_jax.inspect.tree import tree as tree

@@ -130,10 +130,12 @@ def test_names_given_go_before_those_of_boxes_and_none_is_a_whole_subtree():
 
 
 def test_a_box_is_opened_under_a_mesh_without_a_constraint(mesh):
-  box = nn.LogicallyPartitioned(np.ones((3, 5), np.float32), ("embed", None))
+  box = nn.Partitioned(
+    jax.ShapeDtypeStruct((3, 5), jnp.float32), ("data", None)
+  )
   with jax.set_mesh(mesh(8)):
     (row,) = tree({"w": box}).rows
-  assert row == ("w", (3, 5), "float32", ("embed", None), None, 15, 60, None)
+  assert row == ("w", (3, 5), "float32", ("data", None), None, 15, 60, None)
 
 
 def test_nnx_states_and_models():
