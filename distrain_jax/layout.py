@@ -3,11 +3,12 @@
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 Parameter Models", 2019, https://arxiv.org/abs/1910.02054, shards one flat
 vector. Here each leaf is flattened, padded to a multiple of N and viewed as
-(N, m), and the leaves are laid side by side as the columns of one (N, M)
-buffer for the collectives. Row w is worker w's shard: it splits back into a
-tree of the original structure, so that optax's masks and labels keep working.
+(N, m). Row w is worker w's shard: a tree of the original structure, so that
+optax's masks and labels keep working. For the collectives small leaves are laid
+side by side as the columns of one (N, M) buffer; a large one travels alone,
+since copying it beside the others would cost its memory once more.
 
-Letters in shapes: N workers, m a leaf's columns, M those of the whole tree.
+Letters in shapes: N workers, m a leaf's columns, M those of a buffer.
 """
 
 import math
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from distrain_jax.method import Params
 
+ALONE = 1 << 20  # elements from which a leaf has a buffer of its own
 LANES = 1024  # columns of a buffer's last axis, where it is long enough
 # Two of the (8, 128) tiles that XLA for TPU lays arrays out in: for an odd
 # number of them it does not scatter either.
@@ -38,7 +40,7 @@ class Leaf(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """Where each leaf of a tree is in the (N, M) buffers, one per dtype."""
+  """Where each leaf of a tree is in the (N, M) buffers."""
 
   workers: int
   treedef: Any
@@ -64,22 +66,34 @@ class Layout(NamedTuple):
     )
 
   def pack(self, rows: list[jax.Array]) -> dict[str, jax.Array]:
-    """(N, m) leaves side by side: {dtype: (N, rows, lanes)}, zero-padded.
+    """(N, m) leaves, small ones side by side: {name: (N, rows, lanes)}.
+
+    Zero-padded; a name is the leaves' dtype, and a number for one that is alone.
 
     Three axes with the workers first, the last two in whole tiles: XLA for
     TPU turns a scatter of anything else into a whole all-reduce, twice the
     bytes.
     """
     groups: dict[str, list[jax.Array]] = {}
-    for x in rows:
-      groups.setdefault(str(x.dtype), []).append(x)
+    for x, name in zip(rows, self._buffers([x.dtype for x in rows])):
+      groups.setdefault(name, []).append(x)
     return {k: _lanes(jnp.concatenate(v, axis=1)) for k, v in groups.items()}
+
+  def _buffers(self, dtypes) -> list[str]:
+    """In which buffer each leaf travels, by name."""
+
+    def name(i, leaf, dtype):
+      alone = leaf.columns * self.workers >= ALONE
+      return f"{jnp.dtype(dtype)}/{i}" if alone else str(jnp.dtype(dtype))
+
+    numbered = enumerate(zip(self.leaves, dtypes))
+    return [name(i, leaf, dtype) for i, (leaf, dtype) in numbered]
 
   def unpack(self, buffers: dict[str, jax.Array], dtypes) -> list[jax.Array]:
     """Undoes `pack` along the last two axes; the leading ones stay.
 
     Args:
-      buffers: {dtype: (..., rows, lanes)}.
+      buffers: {name: (..., rows, lanes)}.
       dtypes: the dtype each leaf was packed with, in leaf order.
 
     Returns:
@@ -88,10 +102,10 @@ class Layout(NamedTuple):
     flat = {k: x.reshape(*x.shape[:-2], -1) for k, x in buffers.items()}
     start = dict.fromkeys(flat, 0)
     out = []
-    for leaf, dtype in zip(self.leaves, dtypes):
-      group, at = str(jnp.dtype(dtype)), start[str(jnp.dtype(dtype))]
-      out.append(flat[group][..., at : at + leaf.columns])
-      start[group] = at + leaf.columns
+    for leaf, name in zip(self.leaves, self._buffers(dtypes)):
+      at = start[name]
+      out.append(flat[name][..., at : at + leaf.columns])
+      start[name] = at + leaf.columns
     return out
 
   def reduce_scatter(self, tree: Params, axis: str, wire_dtype=None) -> Params:

@@ -133,12 +133,30 @@ def test_what_was_summed_in_low_precision_is_divided_in_float32(wire_dtype):
   assert {x.dtype for x in pieces.values()} == {jnp.dtype(jnp.float32)}
 
 
-def test_long_buffers_are_cut_in_lanes_of_1024_columns():
-  tree = {"a": np.arange(20001.0, dtype=np.float32), "b": np.ones(3, "f")}
+@pytest.mark.parametrize(
+  ("size", "shape"),
+  [(20001, (8, 1280)), (2 * 900_000 - 30, (880, 1024))],
+)
+def test_long_buffers_are_cut_in_whole_tiles(size, shape):
+  tree = {"a": np.arange(float(size), dtype=np.float32), "b": np.ones(3, "f")}
   flat = layout.make_layout(tree, 2)
-  (buffer,) = flat.pack(flat.rows(tree)).values()
-  assert buffer.shape == (2, 10, layout.LANES)  # 10001 + 2 columns
-  rows = flat.unpack({"float32": buffer}, [jnp.float32] * 2)
+  buffers = flat.pack(flat.rows(tree))
+  large = max(buffers.values(), key=lambda x: x.size)
+  assert large.shape == (2, *shape)
+  assert large.shape[1] % 8 == large.shape[2] % 256 == 0
+  rows = flat.unpack(buffers, [jnp.float32] * 2)
+  assert_equal(rows, flat.rows(tree))
+
+
+def test_large_leaves_travel_alone():
+  tree = [np.ones(n, "f") for n in (5, layout.ALONE, 7, layout.ALONE + 1)]
+  flat = layout.make_layout(tree, 4)
+  buffers = flat.pack(flat.rows(tree))
+  columns = {name: x.size // 4 for name, x in buffers.items()}
+  assert set(columns) == {"float32", "float32/1", "float32/3"}
+  assert columns["float32"] == 2 + 2
+  assert columns["float32/1"] >= layout.ALONE // 4
+  rows = flat.unpack(buffers, [jnp.float32] * 4)
   assert_equal(rows, flat.rows(tree))
 
 

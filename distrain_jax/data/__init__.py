@@ -19,6 +19,8 @@ from distrain_jax.data.idx_source import idx as idx
 from distrain_jax.data.idx_source import read_idx as read_idx
 from distrain_jax.data.loading import FIELDS as FIELDS
 from distrain_jax.data.loading import Dataset as Dataset
+from distrain_jax.data.loading import Description as Description
+from distrain_jax.data.loading import describe as describe
 from distrain_jax.data.loading import load as load
 from distrain_jax.data.packing import ArrayStream as ArrayStream
 from distrain_jax.data.packing import Windows as Windows

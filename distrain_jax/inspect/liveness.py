@@ -56,7 +56,7 @@ def _ends(computation: Computation, places) -> dict[Buffer, int]:
         ends.update(dict.fromkeys(element, at))
   for element in places[computation.root.name]:
     for buffer in element:
-      del ends[buffer]
+      ends.pop(buffer, None)  # one buffer may be several elements
   return ends
 
 

@@ -22,8 +22,8 @@ def add(events: list[Event], event: Event) -> None:
     last = events[-1]
     same = (last.stream, last.kind) == (event.stream, event.kind)
     if same and last.start + last.seconds >= event.start - 1e-12:
-      together = event.start + event.seconds - last.start
-      events[-1] = last._replace(seconds=together)
+      end = max(last.start + last.seconds, event.start + event.seconds)
+      events[-1] = last._replace(seconds=end - last.start)
       return
   events.append(event)
 

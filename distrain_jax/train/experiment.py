@@ -1,6 +1,6 @@
 """From a config to everything that a run needs, all of it checked."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ def build(c: ConfigDict) -> Experiment:
   """
   _checked_mesh(c)  # before any data is read
   dataset = data.load(c.data)
-  task, run, params = program(c, dataset.info)
+  task, run, params, _ = program(c, dataset.info)
   rows = placement.process_rows(run.mesh, run.method.axis)
   return Experiment(
     config=c,
@@ -66,32 +66,62 @@ class Program(NamedTuple):
   task: models.Task
   run: runners.Run
   params: Callable[[], Any]  # as Experiment.params
+  # (state, batch, key) of run.step as ShapeDtypeStructs, the state's with
+  # shardings: what `inspect.compile` takes. Makes no array.
+  abstract: Callable[[], tuple[Any, Any, Any]]
 
 
-def program(c: ConfigDict, info: data.Info) -> Program:
+def program(
+  c: ConfigDict, info: data.Info, devices: Sequence[Any] | None = None
+) -> Program:
   """A config's model and method for data like `info`; reads none.
 
   `jax.eval_shape(program(c, info).params)` has the shapes of the model.
 
+  Args:
+    c: the config.
+    info: of the training data, as `data.load` or `data.describe` tells it.
+    devices: of the mesh, attached or of a topology; None: all attached ones.
+
   Raises:
     ValueError: as `build`.
   """
-  mesh = _checked_mesh(c)
+  mesh = _checked_mesh(c, devices)
   axis = _axis(c.method.name)
   model, task = _model_and_task(c, info, axis)
   method = _method(c, task, validate.chosen_method_options(c))
-  start = jax.random.fold_in(jax.random.key(c.seed), 0)
   shardings = _shardings(c, model, task, info, mesh)
+  run = runners.distribute(method, mesh)
+
+  def params():
+    start = jax.random.fold_in(jax.random.key(c.seed), 0)
+    return _initial(task, start, mesh, shardings)
+
   return Program(
-    task,
-    runners.distribute(method, mesh),
-    lambda: _initial(task, start, mesh, shardings),
+    task, run, params, lambda: _abstract(c, info, task, run, shardings)
   )
 
 
-def _checked_mesh(c) -> Mesh:
+def _abstract(c, info, task, run, shardings):
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  shapes = jax.eval_shape(_init_fn(task), key)
+
+  def placed(sharding, part):  # a leaf, or all of a model's statistics
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
+    )
+
+  params = jax.tree.map(placed, shardings, shapes)
+  batch = {
+    name: jax.ShapeDtypeStruct((c.batch_size, *x.shape[1:]), x.dtype)
+    for name, x in example(info).items()
+  }
+  return run.abstract(key, params), batch, key
+
+
+def _checked_mesh(c, devices=None) -> Mesh:
   validate.chosen_method_options(c)
-  mesh = spmd.make_mesh(c.mesh.to_dict())
+  mesh = spmd.make_mesh(c.mesh.to_dict(), devices)
   validate.validate(c, mesh.shape, _axis(c.method.name))
   return mesh
 
@@ -167,15 +197,18 @@ def _shardings(c, model, task, info, mesh: Mesh):
 
 def _initial(task, key, mesh, shardings):
   """New parameters, made where they will lie."""
+  if spmd.spans_processes(mesh):
+    key = spmd.to_global(key, mesh, P())
+  with spmd.no_current_mesh():
+    return jax.jit(_init_fn(task), out_shardings=shardings)(key)
 
+
+def _init_fn(task):
   def init(key):
     variables = task.init(key)
     return variables if task.stateful else variables.params
 
-  if spmd.spans_processes(mesh):
-    key = spmd.to_global(key, mesh, P())
-  with spmd.no_current_mesh():
-    return jax.jit(init, out_shardings=shardings)(key)
+  return init
 
 
 def _evaluate(c, run, task, dataset, rows):

@@ -98,3 +98,15 @@ def test_what_is_kept_on_the_chip_is_not_counted():
 """)
     == []
   )
+
+
+def test_one_buffer_may_be_several_results():
+  assert (
+    sizes("""ENTRY %main (x: f32[100]) -> (f32[100], f32[100]) {
+  %x = f32[100]{0} parameter(0)
+  %a = f32[100]{0} negate(%x)
+  ROOT %out = (f32[100]{0}, f32[100]{0}) tuple(%a, %a)
+}
+""")
+    == []
+  )
