@@ -16,6 +16,7 @@ from distrain_jax.method import StatefulLoss as StatefulLoss
 from distrain_jax.method import Variables as Variables
 from distrain_jax.method import stateful as stateful
 from distrain_jax.methods import ddp as ddp
+from distrain_jax.methods import fsdp as fsdp
 from distrain_jax.methods import guard as guard
 from distrain_jax.methods import zero1 as zero1
 from distrain_jax.runners import Run as Run

@@ -1,5 +1,6 @@
 """Where a state lies on the axes of a mesh that a method leaves automatic."""
 
+import math
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ def like_params(
   """Shardings of a state over all axes of a mesh.
 
   A leaf is sharded over the automatic axes as the parameter is whose path its
-  own path ends in, if their shapes agree: moments lie where parameters do.
+  own path ends in, if their shapes agree: moments lie where parameters do. So
+  do pieces that are cut along one of the parameter's own dimensions, but for
+  an axis that does not divide what is left of it.
 
   Args:
     shapes: the state, as arrays or ShapeDtypeStructs, worker axes included.
@@ -38,17 +41,44 @@ def like_params(
     lambda s, x: jax.tree.map(lambda _: s, x), specs, shapes
   )
 
+  workers = mesh.shape[axis]
+
   def one(path, spec, x):
     lead = tuple(spec)
+    shape = x.shape[len(lead) :]
     for start in range(len(path) + 1):
-      shape, rest = known.get(path[start:], (None, ()))
-      if shape == x.shape[len(lead) :]:
+      whole, rest = known.get(path[start:], (None, ()))
+      if whole == shape:
         return NamedSharding(mesh, P(*lead, *rest))
+      if lead and whole is not None and _is_piece(shape, whole, workers):
+        return NamedSharding(mesh, P(*lead, *_dividing(rest, shape, mesh)))
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(
     one, full, shapes, is_leaf=spmd.is_spec
   )
+
+
+def _is_piece(shape, whole, workers: int) -> bool:
+  """Whether it is a worker's piece, cut along one of the dimensions."""
+  if len(shape) != len(whole):
+    return False
+  differ = [(a, b) for a, b in zip(shape, whole) if a != b]
+  return len(differ) == 1 and differ[0][0] * workers == differ[0][1]
+
+
+def _dividing(spec: tuple, shape, mesh: Mesh) -> tuple:
+  """The spec without the axes that do not divide their dimension."""
+
+  def one(entry, size):
+    names = entry if isinstance(entry, tuple) else (entry,)
+    parts = math.prod(mesh.shape[name] for name in names if name)
+    return entry if size % parts == 0 else None
+
+  kept = [one(entry, size) for entry, size in zip(spec, shape)]
+  while kept and kept[-1] is None:
+    kept.pop()
+  return tuple(kept)
 
 
 def _automatic(spec: P, mesh: Mesh, axis: str) -> tuple:

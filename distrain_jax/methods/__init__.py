@@ -2,9 +2,11 @@
 
 from distrain_jax.methods.ddp import DDPState as DDPState
 from distrain_jax.methods.ddp import ddp as ddp
+from distrain_jax.methods.fsdp import FSDPState as FSDPState
+from distrain_jax.methods.fsdp import fsdp as fsdp
 from distrain_jax.methods.guard import guard as guard
 from distrain_jax.methods.zero1 import Zero1State as Zero1State
 from distrain_jax.methods.zero1 import zero1 as zero1
 
 # The methods that a config can name.
-FACTORIES = {"ddp": ddp, "zero1": zero1}
+FACTORIES = {"ddp": ddp, "zero1": zero1, "fsdp": fsdp}

@@ -29,6 +29,7 @@ KINDS += ("collective-permute",)
 # Not multiples of 8 in every leaf, and large beside scalars and padding.
 SHAPES = {"w": (61, 128), "b": (127,), "v": (128, 33), "gain": ()}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
+WHOLE = 127 + 1  # elements of the leaves that N divides no dimension of
 PADDED = sum(-(-math.prod(shape) // N) * N for shape in SHAPES.values())
 
 
@@ -94,7 +95,7 @@ def compiled(mesh):
   @functools.cache
   def make(name, params="float32", accumulate=1, **options):
     params = mixed_params() if params == "mixed" else make_params(params)
-    factory = {"ddp": dj.ddp, "zero1": dj.zero1}[name]
+    factory = {"ddp": dj.ddp, "zero1": dj.zero1, "fsdp": dj.fsdp}[name]
     method = factory(loss_fn, ADAMW, accumulate=accumulate, **options)
     run = dj.distribute(method, mesh(N))
     state = run.abstract(KEY, params)
@@ -169,6 +170,17 @@ def test_zero1_speaks_once_for_each_dtype(compiled):
   assert len(step.of("reduce-scatter")) == len(step.of("all-gather")) == 2
 
 
+def test_fsdp_scatters_each_gradient_and_sums_the_rest_at_once(compiled):
+  step = compiled("fsdp", clip_norm=1.0)
+  cut = {math.prod(SHAPES["w"]), math.prod(SHAPES["v"])}
+  scattered = {N * size for c in step.of("reduce-scatter") for size in c.sizes}
+  assert scattered == cut
+  assert {size for c in step.of("all-gather") for size in c.sizes} == cut
+  (rest,) = step.of("all-reduce")
+  # Whole leaves, the loss, its one metric and the norm.
+  assert rest.sizes == (1, 1, 1, 1, 127)
+
+
 def wires(lowered, op):
   """Dtypes of what an op of the lowered program sends."""
   blocks = re.findall(
@@ -203,6 +215,7 @@ FORMULAS = [
   ("ddp", {}, 4 + 8),
   ("zero1", {}, 4 + 8 / N),
   ("zero1", {"param_dtype": "bfloat16"}, 2 + (8 + 4) / N),
+  ("fsdp", {}, (4 + 8) / N),
 ]
 
 
@@ -213,6 +226,8 @@ def test_persistent_memory_is_what_the_formula_says(
   memory = compiled(name, **options).memory
   held = memory.argument_size_in_bytes - BATCH_BYTES
   formula = bytes_each * SIZE
+  if name == "fsdp":
+    formula += (12 - bytes_each) * WHOLE
   # Beside it: the padding of the pieces, at most 12 bytes for N - 1 elements
   # of each leaf on all workers together, and scalars.
   padding = 12 * len(SHAPES)

@@ -37,6 +37,7 @@ METHODS = {
     wire_dtype="bfloat16",
     param_dtype="bfloat16",
   ),
+  "fsdp": lambda loss_fn, tx: dj.fsdp(loss_fn, tx, accumulate=2, clip_norm=0.3),
   "guarded": lambda loss_fn, tx: dj.guard(dj.zero1(loss_fn, tx), spike=3.0),
 }
 # Numbers that travel in bfloat16 are summed in another order or precision.

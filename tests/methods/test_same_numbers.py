@@ -21,7 +21,7 @@ STEPS, ROWS, INPUTS, WIDTH = 20, 24, 3, 5
 TOLERANCE = 1e-5
 DECAY = 0.1
 
-METHODS = {"ddp": dj.ddp, "zero1": dj.zero1}
+METHODS = {"ddp": dj.ddp, "zero1": dj.zero1, "fsdp": dj.fsdp}
 
 
 def matrices(params):
@@ -51,7 +51,7 @@ by_rule = pytest.mark.parametrize(
 
 
 def start():
-  """Leaves of 15, 5, 5 and 1 elements: no number of workers divides them."""
+  """Leaves of 15, 5, 5 and 1 elements: of the workers, 3 divide one."""
   rng = np.random.default_rng(0)
   return {
     "w": rng.normal(size=(INPUTS, WIDTH)),
@@ -180,6 +180,15 @@ def test_simulated_equals_the_oracle(rule, name, workers, accumulate):
   assert_same(
     train(dj.simulate(method, workers=workers)), oracle(rule.optimizer)
   )
+
+
+@by_rule
+def test_so_it_does_where_the_workers_divide_a_leaf(rule):
+  method = dj.fsdp(loss_fn, rule.tx, accumulate=2, clip_norm=rule.clip_norm)
+  run = dj.simulate(method, workers=3)
+  cut = run.abstract(jax.random.key(0), as_float32(start())).params
+  assert cut.pieces[0]["w"].shape == (3, 1, WIDTH)
+  assert_same(train(run), oracle(rule.optimizer))
 
 
 @pytest.mark.parametrize("name", METHODS)
