@@ -22,6 +22,7 @@ KINDS = (
   "collective-permute",
   "collective-broadcast",
 )
+_VIEWS = ("bitcast", "copy", "reshape", "all-reduce-done", "get-tuple-element")
 # Speak between devices too, but what they send is not known from the text.
 UNCOUNTED = ("ragged-all-to-all", "send", "recv")
 
@@ -192,7 +193,7 @@ def keeps_a_part(
     return bool(readers) and all(one(name, y) for y in readers)
 
   def one(name: str, y: Instruction) -> bool:
-    if y.opcode in ("bitcast", "copy", "reshape", "all-reduce-done"):
+    if y.opcode in _VIEWS:
       return sliced(y.name)
     if y.opcode == "dynamic-slice":
       return y.operands[0] == name

@@ -153,3 +153,19 @@ def test_a_reduce_scatter_that_became_an_all_reduce_is_found(called, sliced):
   module = hlo.parse(SLICED.replace("CALLED", called))
   x = module.entry.instructions["c"]
   assert collectives.keeps_a_part(module, module.entry, x) is sliced
+
+
+@pytest.mark.parametrize(("second", "sliced"), [("mine", True), ("all", False)])
+def test_combined_ones_are_found_if_each_part_is_sliced(second, sliced):
+  text = SLICED.replace("CALLED", "mine").replace(
+    """  %c = f32[8,256]{1,0} all-reduce(%x), replica_groups={}, to_apply=%add
+""",
+    f"""  %two = (f32[8,256]{{1,0}}, f32[8,256]{{1,0}}) all-reduce(%x, %x), replica_groups={{}}, to_apply=%add
+  %c = f32[8,256]{{1,0}} get-tuple-element(%two), index=0
+  %d = f32[8,256]{{1,0}} get-tuple-element(%two), index=1
+  %s = f32[1,256]{{1,0}} fusion(%d, %me), kind=kLoop, calls=%{second}
+""",
+  )
+  module = hlo.parse(text)
+  x = module.entry.instructions["two"]
+  assert collectives.keeps_a_part(module, module.entry, x) is sliced
