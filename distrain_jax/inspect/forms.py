@@ -53,6 +53,25 @@ def start_of(
   return fused[0] if fused else None
 
 
+def prepares(x: Instruction) -> bool:
+  """SparseCore: a start without operands only makes ready."""
+  return x.opcode.endswith("-start") and not x.operands
+
+
+def begun_by(computation: Computation, x: Instruction) -> Instruction | None:
+  """The prepared start that an update begins, by bringing its operands."""
+  if not x.opcode.endswith("-update"):
+    return None
+  start = computation.instructions[x.operands[0]]
+  return start if prepares(start) else None
+
+
+def is_over(computation: Computation, x: Instruction) -> bool:
+  """Whether what a done ends is over: it was synchronous, or plain compute."""
+  start = computation.instructions.get(x.operands[0])
+  return start is not None and start.opcode.endswith("-start")
+
+
 def is_asynchronous(module: Module, x: Instruction) -> bool:
   """Whether the device goes on while this collective runs."""
   if x.opcode == "fusion":

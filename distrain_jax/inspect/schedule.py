@@ -143,7 +143,12 @@ class _Walker:
 
   def _one(self, scope, x, runs, pending, early, began, seen) -> None:
     kind = base_kind(x.opcode)
-    if x.opcode in FREE or x.opcode.endswith("-update"):
+    if x.opcode in FREE:
+      return
+    if forms.prepares(x) or x.opcode.endswith("-update"):
+      start = forms.begun_by(scope.computation, x)
+      if start is not None:
+        self._collective(scope, start, runs, pending)
       return
     role = forms.fused_role(self.module, x)
     if x.opcode.endswith("-done") or role == "done":
@@ -151,8 +156,8 @@ class _Walker:
       start = forms.start_of(scope.computation, x, starts)
       if start is not None:
         self._finish(pending.pop(start), runs, seen)
-      elif kind in (*collectives.KINDS, *_ASYNC) and not self._is_done(
-        scope, x
+      elif kind in (*collectives.KINDS, *_ASYNC) and not forms.is_over(
+        scope.computation, x
       ):
         early.append((x, self.clock.busy - began))
     elif x.opcode == "while":
@@ -173,11 +178,6 @@ class _Walker:
       self._collective(scope, x, runs, pending)
     else:
       self._compute(scope, x)
-
-  def _is_done(self, scope, x) -> bool:
-    """Whether its start was synchronous, or plain compute, and is over."""
-    start = scope.computation.instructions.get(x.operands[0])
-    return start is not None and start.opcode.endswith("-start")
 
   def _compute(self, scope, x) -> None:
     found = cost(self.module, scope.computation, x, self.chip)

@@ -158,6 +158,14 @@ def test_a_start_that_the_gpu_waits_for_at_once_is_synchronous():
   assert ns(one(step).exposed) == 1400
 
 
+def test_a_start_without_operands_only_prepares():
+  both, done, computations = PAIRS["SparseCore with an update"]
+  start, update = both.split("\n")
+  dot = f"%d = f32[8,8]{{1,0}} {DOT}"
+  c = one(walk("\n".join([start, dot, update, done]), computations))
+  assert (ns(c.exposed), c.window.flops) == (1400, 0)
+
+
 def test_two_collectives_share_the_link():
   a, done_a, _ = PAIRS["start and done"]
   b, done_b = a.replace("%s ", "%s2 "), done_a.replace("%s", "%s2")
