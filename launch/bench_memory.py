@@ -1,6 +1,6 @@
 r"""What XLA says that a step will hold, beside what it really allocates.
 
-  python launch/bench_memory.py                            # a minute and a half
+  python launch/bench_memory.py                            # a minute
   python launch/bench_memory.py --programs=llama/zero1/8 --out=memory.json
 
 A row is a program in a fresh process: MODEL/METHOD/DEVICES, the devices
