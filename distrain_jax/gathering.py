@@ -124,7 +124,9 @@ def _evaluate(closed, args: Iterable, level: Level) -> list:
       out = RULES.get(eqn.primitive, _stay_lazy)(op, values, level)
       if out is None and level.recomputed:
         values = _gathered(values)  # now for all that follows
-        env.update((v, x) for v, x in zip(eqn.invars, values) if v in env)
+        env.update(
+          (v, x) for v, x in zip(eqn.invars, values) if not _literal(v)
+        )
     if out is None:
       out = _use(op, values, level)
     env.update(zip(eqn.outvars, out))

@@ -90,9 +90,8 @@ def distribute(
     )
   mesh = spmd.auto_mesh(mesh)
   runner = spmd.mesh_runner(mesh, method.axis)
-  options = {**options_by_chip.for_mesh(mesh), **(compiler_options or {})}
   workers = mesh.shape[method.axis]
-  return _run(method, workers, mesh, runner, donate, options)
+  return _run(method, workers, mesh, runner, donate, compiler_options)
 
 
 def _run(method, workers, mesh, runner, donate, options=None) -> Run:
@@ -180,7 +179,10 @@ class _Step:
 
   def __init__(self, fn, mesh, axis, donate, options):
     self._fn, self._mesh, self._axis = fn, mesh, axis
-    self._options = options or None
+    # What the caller asked for, so that the step can be made elsewhere too.
+    self.donate, self.compiler_options = donate, dict(options or {})
+    table = options_by_chip.for_mesh(mesh)
+    self._options = {**table, **self.compiler_options} or None
     self._donate = (0,) if donate else ()
     self._many = mesh is not None and spmd.spans_processes(mesh)
     # Other axes are XLA's to choose, and it forgets an axis of one worker.

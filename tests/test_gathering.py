@@ -179,10 +179,23 @@ def passed_out(p, x):
   return jnp.mean(b @ w) + jnp.mean(jnp.sin(b @ ws[1]))
 
 
+def literals_in_checkpoint(p, x):
+  def clamped(w, x):
+    return jnp.mean(x @ lax.clamp(-0.5, w, 0.5))
+
+  def chosen(w, x):
+    product = lambda w, scale: (scale * x @ w).sum()
+    return lax.cond(x.sum() > 0, product, lambda w, _: w.sum(), w, 2.0)
+
+  checkpointed = [jax.checkpoint(f)(p["in"], x) for f in (clamped, chosen)]
+  return sum(checkpointed)
+
+
 CASES = LEAN | {
   "cond": in_branch,
   "loop": in_loop,
   "gradient inside": meta,
+  "literals in checkpoint": literals_in_checkpoint,
   "nothing but passed on": passed_out,
 }
 

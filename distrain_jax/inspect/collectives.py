@@ -22,7 +22,7 @@ KINDS = (
   "collective-permute",
   "collective-broadcast",
 )
-_VIEWS = ("bitcast", "copy", "reshape", "all-reduce-done", "get-tuple-element")
+_VIEWS = ("bitcast", "copy", "reshape")
 # Speak between devices too, but what they send is not known from the text.
 UNCOUNTED = ("ragged-all-to-all", "send", "recv")
 
@@ -183,33 +183,71 @@ def _mesh_groups(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def keeps_a_part(
-  module: Module, computation: Computation, x: Instruction
+  module: Module, computation: Computation, x: Instruction, n: int
 ) -> bool:
-  """Whether every reader of a result takes a slice that the device chooses."""
+  """Whether each device keeps about 1/n of most of a collective's result.
+
+  Its readers then take slices of that size and nothing else.
+
+  Args:
+    module, computation: where x is.
+    x: the collective, or the start of an asynchronous one.
+    n: devices in a group.
+  """
   users = computation.users()
+  parts: list[tuple[int, bool]] = []  # bytes of a result, whether it is sliced
 
-  def sliced(name: str) -> bool:
-    readers = users.get(name, [])
-    return bool(readers) and all(one(name, y) for y in readers)
+  def follow(y: Instruction) -> None:
+    readers = users.get(y.name, [])
+    on = [z for z in readers if _hands_on(z)]
+    if on:
+      for z in on:
+        follow(z)
+    else:
+      limit = 0.9 * y.shape.bytes / n
+      parts.append((y.shape.bytes, _sliced(module, users, y, limit)))
 
-  def one(name: str, y: Instruction) -> bool:
-    if y.opcode in _VIEWS:
-      return sliced(y.name)
-    if y.opcode == "dynamic-slice":
-      return y.operands[0] == name
-    if y.opcode != "fusion" or y.operands.count(name) != 1:
-      return False
+  follow(x)
+  sliced = sum(size for size, of in parts if of)
+  return sliced > 0.5 * sum(size for size, _ in parts)
+
+
+def _hands_on(x: Instruction) -> bool:
+  """A later name of a collective's result, or of an element of it."""
+  return x.opcode == "get-tuple-element" or (
+    x.opcode.endswith(("-done", "-update"))
+  )
+
+
+def _sliced(module, users, x: Instruction, limit: float) -> bool:
+  readers = users.get(x.name, [])
+
+  def one(y: Instruction) -> bool:
+    if y.opcode != "fusion" or y.operands.count(x.name) != 1:
+      return only_sliced(users, x.name, limit, {y.name})
     body = module.computations[y.called("calls")[0]]
-    parameter = body.parameters()[y.operands.index(name)]
-    return _only_sliced(body, parameter.name)
+    parameter = body.parameters()[y.operands.index(x.name)]
+    return only_sliced(body.users(), parameter.name, limit)
 
-  return base_kind(x.opcode) == "all-reduce" and sliced(x.name)
+  return bool(readers) and all(map(one, readers))
 
 
-def _only_sliced(body: Computation, name: str) -> bool:
-  readers = body.users().get(name, [])
+def only_sliced(users, name: str, limit: float, among=None) -> bool:
+  """Whether a value's readers take slices where the device says, no others.
+
+  Args:
+    users: `Computation.users()`.
+    name: of the value.
+    limit: bytes that a slice has at least.
+    among: names of the readers to look at; None: all.
+  """
+  readers = [y for y in users.get(name, []) if not among or y.name in among]
   return bool(readers) and all(
-    (y.opcode == "dynamic-slice" and y.operands[0] == name)
-    or (y.opcode in ("bitcast", "reshape") and _only_sliced(body, y.name))
+    (
+      y.opcode == "dynamic-slice"
+      and y.operands[0] == name
+      and y.shape.bytes >= limit
+    )
+    or (y.opcode in _VIEWS and only_sliced(users, y.name, limit))
     for y in readers
   )

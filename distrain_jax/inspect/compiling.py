@@ -47,7 +47,8 @@ def compile(
       PartitionSpec on the topology.
     topology: e.g. "v5e:2x4" or "h100:8"; see `topologies.topology`. None: the
       devices of the run's mesh or of the arguments' shardings.
-    compiler_options: XLA's, over those of `compile_options` for the hardware.
+    compiler_options: XLA's, over the run's own, over those of
+      `compile_options` for the hardware.
 
   Raises:
     ValueError: if the topology has another number of devices than the run's
@@ -59,7 +60,7 @@ def compile(
       run, abstract_args, topology, compiler_options
     )
     name, state = run.method.name, arguments[0]
-    options = None  # the run's own: see runners
+    options = None  # they are the step's: see runners
   else:
     lowered, arguments, mesh = _lower_function(run, abstract_args, topology)
     name, state = getattr(run, "__name__", "function"), None
@@ -126,7 +127,12 @@ def _lower_run(run, arguments, topology, compiler_options):
       "run.abstract(key, params) makes the state."
     )
   mesh = _mesh(run, topology)
-  here = runners.distribute(run.method, mesh, compiler_options=compiler_options)
+  here = runners.distribute(
+    run.method,
+    mesh,
+    donate=run.step.donate,
+    compiler_options=run.step.compiler_options | dict(compiler_options or {}),
+  )
   axis = run.method.axis
   state, batch, key = jax.tree.map(_shape, arguments)
   one = shardings.without_worker_axes(arguments[0], run.method.specs)

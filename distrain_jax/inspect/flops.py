@@ -15,6 +15,9 @@ import numpy as np
 
 from distrain_jax.inspect.hlo import Computation, Instruction, Module, Shape
 
+# What runs the computations that it names.
+_CALLS = ("fusion", "call", "fusion-start", "async-start", "call-start")
+_CALLS += ("custom-call-start",)
 # Custom calls that compute nothing that counts.
 NO_FLOPS = {
   "AllocateBuffer",
@@ -51,8 +54,8 @@ def flops(
     {dtype of the operands: operations}, and what could not be counted.
   """
   shapes = computation.instructions
-  if x.opcode in ("fusion", "fusion-start"):
-    return _of_fusion(module, x)
+  if x.opcode in _CALLS:
+    return _of_called(module, x)
   if x.opcode == "dot":
     lhs = shapes[x.operands[0]].shape
     contracted = _numbers(x.attributes["lhs_contracting_dims"])
@@ -68,12 +71,14 @@ def flops(
   return {}, []
 
 
-def _of_fusion(module: Module, x: Instruction):
+def _of_called(module: Module, x: Instruction):
   total: dict[str, float] = {}
   unknown: list[str] = []
-  for name in x.called("calls"):
+  for name in x.called("calls", "to_apply", "called_computations"):
     inside = module.computations[name]
     for y in inside.instructions.values():
+      if y.opcode in ("while", "conditional"):
+        unknown.append(f"the operations of {y.opcode} {y.name} in {x.name}")
       found, missing = flops(module, inside, y)
       for dtype, count in found.items():
         total[dtype] = total.get(dtype, 0.0) + count
@@ -95,9 +100,10 @@ def _of_custom_call(x: Instruction, operands: list[Shape]):
   if x.target in _CUDNN:
     roles = [output if i == "out" else operands[i] for i in _CUDNN[x.target]]
     return {operands[0].dtype: _convolution(x, *roles)}, []
-  if "flops" in config.get("cost_estimate", {}):  # Pallas kernels say it
+  estimate = config.get("custom_call_config", config).get("cost_estimate", {})
+  if "flops" in estimate:  # a Pallas kernel whose author says it
     kind = operands[0].dtype if operands else "f32"
-    return {kind: float(config["cost_estimate"]["flops"])}, []
+    return {kind: float(estimate["flops"])}, []
   if x.target in NO_FLOPS or x.target.startswith("xla."):
     return {}, []
   return {}, [f"the operations of custom call {x.target!r}"]

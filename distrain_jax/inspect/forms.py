@@ -69,7 +69,8 @@ def begun_by(computation: Computation, x: Instruction) -> Instruction | None:
 def is_over(computation: Computation, x: Instruction) -> bool:
   """Whether what a done ends is over: it was synchronous, or plain compute."""
   start = computation.instructions.get(x.operands[0])
-  return start is not None and start.opcode.endswith("-start")
+  started = start is not None and start.opcode.endswith("-start")
+  return started and not prepares(start)
 
 
 def is_asynchronous(module: Module, x: Instruction) -> bool:
@@ -81,13 +82,9 @@ def is_asynchronous(module: Module, x: Instruction) -> bool:
   return not x.config().get("collective_backend_config", {}).get("is_sync")
 
 
-def is_scatter(computation: Computation, y: Instruction) -> bool:
-  """An all-reduce in a fusion that gives back one part of it."""
-  root = computation.root
-  return (
-    base_kind(y.opcode) == "all-reduce"
-    and root.shape.bytes < y.shape.bytes
-    and any(
-      z.opcode == "dynamic-slice" for z in computation.instructions.values()
-    )
+def is_scatter(computation: Computation, y: Instruction, n: int) -> bool:
+  """Whether of an all-reduce in a fusion only the device's part is left."""
+  limit = 0.9 * y.shape.bytes / n
+  return base_kind(y.opcode) == "all-reduce" and collectives.only_sliced(
+    computation.users(), y.name, limit
   )

@@ -19,7 +19,7 @@ def domains(devices: Sequence[Any]) -> list[Any]:
   def one(device) -> Any:
     piece = getattr(device, "slice_index", None) or 0
     if device.platform == "gpu" and hasattr(device, "coords"):
-      return tuple(device.coords[:2])  # ahead of time: (0, host, GPU)
+      return tuple(device.coords[:2])  # ahead of time: (host, 0, GPU)
     return piece
 
   return [one(device) for device in devices]

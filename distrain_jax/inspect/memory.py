@@ -102,7 +102,8 @@ def _parameter_shapes(tree: Any) -> set:
 def _dtype(dtype) -> str:
   """NumPy's name -> XLA's: float32 -> f32, bfloat16 -> bf16."""
   name = str(dtype)
-  for long, short in (("float", "f"), ("uint", "u"), ("int", "s")):
+  pairs = (("float8_", "f8"), ("float", "f"), ("uint", "u"), ("int", "s"))
+  for long, short in pairs:
     name = name.replace(long, short)
   return name
 

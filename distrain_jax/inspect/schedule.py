@@ -15,41 +15,17 @@ from typing import NamedTuple
 from distrain_jax.inspect import collectives, forms, timeline
 from distrain_jax.inspect.collectives import Collective, base_kind
 from distrain_jax.inspect.cost import FREE, cost
+from distrain_jax.inspect.flops import flops
 from distrain_jax.inspect.hardware import Chip
 from distrain_jax.inspect.hlo import Instruction, Module
 from distrain_jax.inspect.loops import Scope, trip_count
-from distrain_jax.inspect.timeline import Event as Event
+from distrain_jax.inspect.step import Communication as Communication
+from distrain_jax.inspect.step import Event as Event
+from distrain_jax.inspect.step import Step as Step
+from distrain_jax.inspect.step import Window as Window
 
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 _ASYNC = ("async", "call", "custom-call", "fusion")
-
-
-class Window(NamedTuple):
-  """What is scheduled between an asynchronous start and its done, once."""
-
-  seconds: float  # of compute
-  flops: float
-  instructions: tuple[str, ...]  # those that take time, in order
-
-
-class Communication(NamedTuple):
-  """A collective of the program, with all of its runs in a step."""
-
-  collective: Collective
-  runs: int
-  seconds: float  # of one run, on the wire
-  exposed: float  # seconds of one run in which the device does nothing else
-  window: Window | None  # None: synchronous
-
-
-class Step(NamedTuple):
-  seconds: float
-  compute_seconds: float
-  flops: dict[str, float]  # by dtype of the operands
-  communication: tuple[Communication, ...]
-  copies_exposed: float  # seconds that asynchronous copies are waited for
-  events: tuple[Event, ...]
-  unknown: tuple[str, ...]  # what the model has no rule for
 
 
 @dataclasses.dataclass
@@ -151,6 +127,8 @@ class _Walker:
         self._collective(scope, start, runs, pending)
       return
     role = forms.fused_role(self.module, x)
+    if role in ("start", "done"):
+      self._beside(scope, x)
     if x.opcode.endswith("-done") or role == "done":
       starts = {name: p.start for name, p in pending.items()}
       start = forms.start_of(scope.computation, x, starts)
@@ -175,6 +153,7 @@ class _Walker:
     elif role == "middle":
       self._compute(scope, x)
     elif any(True for _ in collectives.inside(self.module, x)):
+      self._beside(scope, x)
       self._collective(scope, x, runs, pending)
     else:
       self._compute(scope, x)
@@ -182,12 +161,22 @@ class _Walker:
   def _compute(self, scope, x) -> None:
     found = cost(self.module, scope.computation, x, self.chip)
     self.unknown.update(found.unknown)
-    for dtype, n in found.flops.items():
+    self._spend(found.flops, found.seconds)
+
+  def _beside(self, scope, x) -> None:
+    """Matrix products that are fused with a collective."""
+    found, unknown = flops(self.module, scope.computation, x)
+    self.unknown.update(unknown)
+    peaks = ((n, self.chip.peak(dtype)) for dtype, n in found.items())
+    self._spend(found, sum(n / peak for n, peak in peaks))
+
+  def _spend(self, operations, seconds) -> None:
+    for dtype, n in operations.items():
       self.clock.work[dtype] = self.clock.work.get(dtype, 0.0) + n
-    kind = "matrix products" if found.flops else "other compute"
-    self._bar("compute", kind, self.clock.now, found.seconds)
-    self.clock.now += found.seconds
-    self.clock.busy += found.seconds
+    kind = "matrix products" if operations else "other compute"
+    self._bar("compute", kind, self.clock.now, seconds)
+    self.clock.now += seconds
+    self.clock.busy += seconds
 
   def _bar(self, stream, kind, start, seconds) -> None:
     timeline.add(self.events, Event(stream, kind, start, seconds))
@@ -199,14 +188,16 @@ class _Walker:
       trips = 1
     if trips == 0:
       return
-    before, first = self.clock.copy(), len(self.events)
+    before, outside = self.clock.copy(), self.events
+    self.events = []
     self.block(scope.into(x.called("body")[0], x), runs * trips)
     once = self.clock.now - before.now
     self.clock.again(before, trips - 1)
-    timeline.repeat(self.events, first, once, trips)
+    inside, self.events = self.events, outside
+    timeline.repeat(self.events, inside, once, trips)
 
   def _branches(self, scope, x, runs) -> None:
-    """The dearest branch, by its seconds."""
+    """The dearest branch: by its seconds, where known, else bytes and FLOPs."""
     keys = ("branch_computations", "true_computation", "false_computation")
     names = x.called(*keys)
 
@@ -215,9 +206,10 @@ class _Walker:
       self.clock = self.clock.copy()
       self.events, self.communication = [], []
       self.block(scope.into(name, x), runs)
-      seconds = self.clock.now
+      sent = sum(c.collective.wire_bytes * c.runs for c in self.communication)
+      dear = self.clock.now, sent, self.clock.flops()
       self.clock, self.events, self.communication = saved
-      return seconds
+      return dear
 
     self.block(scope.into(max(names, key=attempt), x), runs)
 
@@ -226,15 +218,20 @@ class _Walker:
     own = base_kind(x.opcode) in collectives.KINDS
     pairs = [(scope.computation, x)] if own else []
     for computation, y in pairs or collectives.inside(self.module, x):
+      if base_kind(y.opcode) in collectives.UNCOUNTED:
+        self.unknown.add(f"the bytes of {y.opcode}")
+        continue
       try:
         one = collectives.describe(self.module, computation, y)
       except (ValueError, KeyError) as error:
         self.unknown.add(f"the bytes of {y.name}: {error}")
         continue
-      if not own and forms.is_scatter(computation, y):
+      n = one.group_size
+      if not own and forms.is_scatter(computation, y, n):
         one = collectives.as_reduce_scatter(one)
-      elif collectives.keeps_a_part(self.module, computation, y):
-        one = one._replace(sliced=True)
+      elif one.kind == "all-reduce":
+        kept = collectives.keeps_a_part(self.module, scope.computation, x, n)
+        one = one._replace(sliced=kept)
       found.append(one._replace(name=x.name))
     return tuple(found)
 
@@ -246,9 +243,12 @@ class _Walker:
       return
     for one in found:
       took = one.wire_bytes / self.bandwidth(one)
-      self._bar("communication", one.kind, self.clock.now, took)
-      self.clock.now += took
-      made = Communication(one, runs, took, took, None)
+      # It waits for asynchronous ones that are on the link.
+      start = max(self.clock.now, self.clock.free.get("communication", 0.0))
+      wait = start - self.clock.now
+      self._bar("communication", one.kind, start, took)
+      self.clock.now = self.clock.free["communication"] = start + took
+      made = Communication(one, runs, took, wait + took, None)
       self.communication.append(made)
 
   def _copy(self, scope, x, pending) -> None:

@@ -1,17 +1,8 @@
 """The bars of a step's timeline, few enough to draw."""
 
-from typing import NamedTuple
+from distrain_jax.inspect.step import Event
 
 MOST = 3000  # bars of a loop; those of longer ones become coarser
-
-
-class Event(NamedTuple):
-  """A bar of the timeline."""
-
-  stream: str  # compute, communication or memory
-  kind: str  # "matrix products", "other compute", a collective's, "copies"
-  start: float  # seconds from the step's beginning
-  seconds: float
 
 
 def add(events: list[Event], event: Event) -> None:
@@ -28,10 +19,14 @@ def add(events: list[Event], event: Event) -> None:
   events.append(event)
 
 
-def repeat(events: list[Event], first: int, once: float, trips: int) -> None:
-  """The events from `first` on happen `trips` times, `once` seconds each."""
-  inside = _coarse(events[first:], MOST // trips)
-  del events[first:]
+def repeat(
+  events: list[Event], inside: list[Event], once: float, trips: int
+) -> None:
+  """Appends the bars of a loop: `trips` times those inside, `once` s each."""
+  inside = _coarse(inside, MOST // trips)
+  if trips > MOST:  # a bar a stream, as long as all of them together
+    inside = [e._replace(seconds=e.seconds * trips) for e in inside]
+    trips = 1
   for i in range(trips):
     for event in inside:
       add(events, event._replace(start=event.start + i * once))

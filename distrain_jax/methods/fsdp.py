@@ -8,7 +8,8 @@ Parallel", 2023, https://arxiv.org/abs/2304.11277.
 Each leaf is cut along one of its dimensions. A parameter is gathered where
 the loss uses it, and again in the backward pass; its gradient is
 reduce-scattered at once. So half as many bytes again as DDP, for each
-micro-batch, and nothing whole but what is in use.
+micro-batch, and nothing whole but what is in use. `init` is the exception: it
+cuts a model that every worker has been given whole.
 """
 
 from typing import Any, NamedTuple
@@ -43,9 +44,11 @@ def fsdp(
 ) -> Method:
   """Data parallelism with 1/N of the whole training state on each worker.
 
-  Parameters are gathered one use at a time (see `gathering`): a model that
-  scans over stacked layers never holds more than one of them whole. What is
-  cast to a narrower dtype before its use travels in that dtype.
+  Parameters are gathered one use at a time: of a model that scans over stacked
+  layers as they come, one layer is whole. What a loop's iterations share, what
+  enters a branch, and a stack that is changed before the scan is gathered once
+  for all of it (see `gathering`). What is cast to a narrower dtype before its
+  use travels in that dtype.
 
   Args:
     loss_fn: `(params, batch, key) -> (loss, aux)`, or `stateful(...)`; it sees

@@ -148,24 +148,60 @@ ENTRY %main (x: f32[8,256]) -> f32[1,256] {
 """
 
 
-@pytest.mark.parametrize(("called", "sliced"), [("mine", True), ("all", False)])
-def test_a_reduce_scatter_that_became_an_all_reduce_is_found(called, sliced):
-  module = hlo.parse(SLICED.replace("CALLED", called))
-  x = module.entry.instructions["c"]
-  assert collectives.keeps_a_part(module, module.entry, x) is sliced
-
-
-@pytest.mark.parametrize(("second", "sliced"), [("mine", True), ("all", False)])
-def test_combined_ones_are_found_if_each_part_is_sliced(second, sliced):
-  text = SLICED.replace("CALLED", "mine").replace(
-    """  %c = f32[8,256]{1,0} all-reduce(%x), replica_groups={}, to_apply=%add
-""",
-    f"""  %two = (f32[8,256]{{1,0}}, f32[8,256]{{1,0}}) all-reduce(%x, %x), replica_groups={{}}, to_apply=%add
-  %c = f32[8,256]{{1,0}} get-tuple-element(%two), index=0
-  %d = f32[8,256]{{1,0}} get-tuple-element(%two), index=1
-  %s = f32[1,256]{{1,0}} fusion(%d, %me), kind=kLoop, calls=%{second}
-""",
+def kept(lines, name, called):
+  """Whether each of 8 devices keeps a part of the named instruction."""
+  text = SLICED.replace("CALLED", called).replace(
+    "  %c = f32[8,256]{1,0} all-reduce(%x), replica_groups={}, to_apply=%add\n",
+    lines,
   )
   module = hlo.parse(text)
-  x = module.entry.instructions["two"]
-  assert collectives.keeps_a_part(module, module.entry, x) is sliced
+  x = module.entry.instructions[name]
+  return collectives.keeps_a_part(module, module.entry, x, 8)
+
+
+ALONE = "  %c = f32[8,256]{1,0} all-reduce(%x), to_apply=%add\n"
+LATER = """  %s = f32[8,256]{1,0} all-reduce-start(%x), to_apply=%add
+  %c = f32[8,256]{1,0} all-reduce-done(%s)
+"""
+CALLED = """  %s = ((f32[8,256]{1,0}, token[]), (f32[8,256]{1,0}, f32[])) call-start(%x), to_apply=%f
+  %e = (f32[8,256]{1,0}, f32[]) call-done(%s)
+  %c = f32[8,256]{1,0} get-tuple-element(%e), index=0
+  %loss = f32[] get-tuple-element(%e), index=1
+  %half = f32[] negate(%loss)
+"""
+TWO = """  %s = (f32[8,256]{1,0}, f32[16,256]{1,0}) all-reduce(%x, %x), to_apply=%add
+  %c = f32[8,256]{1,0} get-tuple-element(%s), index=0
+  %large = f32[16,256]{1,0} get-tuple-element(%s), index=1
+  %used = f32[16,256]{1,0} negate(%large)
+"""
+
+
+@pytest.mark.parametrize(
+  ("lines", "name", "called", "sliced"),
+  [
+    (ALONE, "c", "mine", True),
+    (ALONE, "c", "all", False),
+    (LATER, "s", "mine", True),
+    (LATER, "s", "all", False),
+    (CALLED, "s", "mine", True),  # beside a scalar that all need
+    (TWO, "s", "mine", False),  # beside more that all need
+  ],
+)
+def test_a_reduce_scatter_that_became_an_all_reduce_is_found(
+  lines, name, called, sliced
+):
+  assert kept(lines, name, called) is sliced
+
+
+def test_a_slice_that_is_no_device_s_share_is_none():
+  small = """%mine (g: f32[8,256], i: u32[]) -> f32[1,2] {
+  %g = f32[8,256]{1,0} parameter(0)
+  %i = u32[] parameter(1)
+  ROOT %s = f32[1,2]{1,0} dynamic-slice(%g, %i, %i), dynamic_slice_sizes={1,2}
+}
+
+"""
+  text = SLICED.replace("%mine", "%other").replace("CALLED", "mine")
+  module = hlo.parse(text.replace("ENTRY", small + "ENTRY"))
+  x = module.entry.instructions["c"]
+  assert not collectives.keeps_a_part(module, module.entry, x, 8)

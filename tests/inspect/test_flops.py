@@ -142,6 +142,6 @@ def test_what_cannot_be_counted_is_named_not_zero():
   assert "my_kernel" in unknown[0]
   line = line.replace("f32[8]{0} ", "f32[8]{0} ").replace(
     '"my_kernel"',
-    '"tpu_custom_call", backend_config={"cost_estimate":{"flops":"640"}}',
+    '"tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"640"}}}',
   )
   assert count(line, "bf16[8]") == ({"bf16": 640.0}, [])

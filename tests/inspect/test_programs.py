@@ -113,11 +113,17 @@ def sharded(mesh, *shape, spec=None):
 
 
 @pytest.mark.parametrize(
-  ("shape", "kind"),
-  [((N * 100_000,), "all-reduce"), ((N, 96, 1024), "reduce-scatter")],
+  ("topology", "shape", "kind"),
+  [
+    ("v5e:2x4", (N * 100_000,), "all-reduce"),
+    ("v5e:2x4", (N, 96, 1024), "reduce-scatter"),
+    ("v5p:2x2x2", (N, 96, 1024), "all-reduce"),  # asynchronous there
+  ],
 )
-def test_a_scatter_that_tpus_turn_into_an_all_reduce_is_found(shape, kind):
-  mesh = dj.inspect.mesh("v5e:2x4", {"data": -1})
+def test_a_scatter_that_tpus_turn_into_an_all_reduce_is_found(
+  topology, shape, kind
+):
+  mesh = dj.inspect.mesh(topology, {"data": -1})
 
   def scatter(x):
     tiled = x.ndim == 1
@@ -213,6 +219,17 @@ def test_a_run_moves_to_a_topology_of_as_many_devices(mesh):
     assert found.step == expected.step
     with pytest.raises(ValueError, match=r"256 devices.*inspect\.mesh"):
       dj.inspect.compile(run, state, batch, KEY, topology="v5e:16x16")
+
+
+def test_a_report_is_of_the_run_s_own_program(mesh):
+  method = dj.ddp(llama().loss_fn, optax.sgd(0.1))
+  rows = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32)
+  batch = {"tokens": rows, "targets": rows}
+  for donate in (True, False):
+    run = dj.distribute(method, mesh(2), donate=donate)
+    state = run.abstract(KEY, abstract_params())
+    aliased = dj.inspect.compile(run, state, batch, KEY).memory.aliased
+    assert (aliased >= parameter_bytes()) == donate
 
 
 def test_here_a_report_has_bytes_but_no_times(mesh):

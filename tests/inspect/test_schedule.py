@@ -319,3 +319,112 @@ def test_only_the_slice_of_an_update_in_place_moves():
 """,
   )
   assert ns(step.seconds) == 32 + 32 + COPY
+
+
+def test_a_synchronous_collective_waits_for_the_link():
+  start, done, _ = PAIRS["start and done"]
+  now = f"%n = f32[200]{{0}} all-reduce(%g), {ALL}, to_apply=%add"
+  step = walk("\n  ".join([start, now, done]))
+  waited, first = step.communication
+  assert (ns(waited.seconds), ns(waited.exposed)) == (1400, 2800)
+  assert ns(first.exposed) == 0
+  assert ns(step.seconds) == 2800 + COPY
+
+
+def test_products_in_asynchronous_calls_and_beside_collectives_count():
+  inside = f"""
+%wrapped (p: f32[8,8]) -> f32[8,8] {{
+  %w = f32[8,8]{{1,0}} parameter(0)
+  ROOT %d = f32[8,8]{{1,0}} {DOT}
+}}
+
+%both (p: f32[8,8], q: f32[200]) -> (f32[8,8], f32[200]) {{
+  %w = f32[8,8]{{1,0}} parameter(0)
+  %q = f32[200]{{0}} parameter(1)
+  %d.1 = f32[8,8]{{1,0}} {DOT}
+  %r = f32[200]{{0}} all-reduce(%q), {ALL}, to_apply=%add
+  ROOT %t = (f32[8,8]{{1,0}}, f32[200]{{0}}) tuple(%d.1, %r)
+}}
+"""
+  step = walk(
+    """%s = ((f32[8,8]{1,0}), f32[8,8]{1,0}, u32[]) async-start(%w), calls=%wrapped
+  %e = f32[8,8]{1,0} async-done(%s)
+  %f = (f32[8,8]{1,0}, f32[200]{0}) fusion(%w, %g), kind=kCustom, calls=%both""",
+    inside,
+  )
+  assert step.flops == {"f32": 2 * 1024}
+  assert one(step).collective.kind == "all-reduce"
+  assert not step.unknown
+
+
+def test_an_all_reduce_of_a_slice_is_no_reduce_scatter():
+  step = walk(
+    "%c = bf16[200]{0} fusion(%g), kind=kCustom, calls=%reduced",
+    f"""
+%reduced (p: f32[200]) -> bf16[200] {{
+  %p = f32[200]{{0}} parameter(0)
+  %i = s32[] constant(0)
+  %mine = f32[200]{{0}} dynamic-slice(%p, %i), dynamic_slice_sizes={{200}}
+  %r = f32[200]{{0}} all-reduce(%mine), {ALL}, to_apply=%add
+  ROOT %h = bf16[200]{{0}} convert(%r)
+}}
+""",
+  )
+  c = one(step).collective
+  assert (c.kind, c.wire_bytes) == ("all-reduce", 1400)
+
+
+@pytest.mark.parametrize(
+  "lines",
+  [
+    """%s = ((), (), ()) call-start(), to_apply=%add
+  %d = f32[200]{0} call-done(%s)""",
+    """%s = ((f32[200]{0}), f32[200]{0}, u32[]) async-start(%g), calls=%ragged
+  %d = f32[200]{0} async-done(%s)""",
+  ],
+)
+def test_asynchronous_forms_without_a_rule_are_named(lines):
+  ragged = """
+%ragged (p: f32[200]) -> f32[200] {
+  %p = f32[200]{0} parameter(0)
+  ROOT %r = f32[200]{0} ragged-all-to-all(%p, %p)
+}
+"""
+  step = walk(lines, ragged)
+  assert step.unknown
+  assert not step.communication
+
+
+def test_a_loop_s_first_bar_is_its_own():
+  gap = f"%c = f32[200]{{0}} all-reduce(%g), {ALL}, to_apply=%add"
+  dot = f"%d = f32[8,8]{{1,0}} {DOT}"
+  inside = LOOP.replace("INSIDE", f"{dot}\n  {gap}")
+  before = f"%b = f32[8,8]{{1,0}} {DOT}"
+  step = walk(f"{before}\n  {WHILE}{KNOWN}", inside)
+  products = [e for e in step.events if e.kind == "matrix products"]
+  assert ns(sum(e.seconds for e in products)) == 6 * 1024
+  starts = [ns(e.start) for e in products]
+  assert starts == [0] + [1024 + i * 2424 for i in range(1, 5)]
+
+
+def test_without_peaks_the_dearest_branch_is_that_of_most_bytes():
+  free = CHIP._replace(
+    flops=dict.fromkeys(PEAKS, float("inf")), memory_bandwidth=float("inf")
+  )
+  branches = f"""
+%idle (b: f32[200]) -> f32[200] {{
+  ROOT %b = f32[200]{{0}} parameter(0)
+}}
+
+%busy (b: f32[200]) -> f32[200] {{
+  %b = f32[200]{{0}} parameter(0)
+  ROOT %r = f32[200]{{0}} all-reduce(%b), {ALL}, to_apply=%add
+}}
+"""
+  text = MODULE.replace("COMPUTATIONS", branches).replace(
+    "LINES",
+    """%i = s32[] constant(0)
+  %c = f32[200]{0} conditional(%i, %g, %g), branch_computations={%idle, %busy}""",
+  )
+  step = schedule.walk(hlo.parse(text), free, lambda c: float("inf"))
+  assert one(step).collective.wire_bytes == 1400
