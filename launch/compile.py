@@ -28,6 +28,7 @@ from distrain_jax.inspect import advisor, picture, report
 from distrain_jax.inspect.topologies import topology
 from distrain_jax.train import config as configs
 from distrain_jax.train import experiment
+from distrain_jax.train.flags import parse_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py")
 TOPOLOGY = flags.DEFINE_list(
@@ -198,17 +199,5 @@ def say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def parse(argv):
-  """Flags, with a config's own errors as one line."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError) as e:
-    text = str(e.args[0] if e.args else e).replace("\\n", " ")
-    text = re.sub(r"[\\'\"\s]+", " ", text).strip()
-    sys.exit(f"--config: unknown field or wrong type: {text}")
-  except OSError as e:
-    sys.exit(f"--config: {e}")
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=parse_flags)

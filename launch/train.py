@@ -8,13 +8,13 @@ Run again with the same workdir, it goes on from the latest checkpoint. Leaves
 with 75 when SIGTERM or SIGINT stopped it and its state is saved.
 """
 
-import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from distrain_jax import spmd
+from distrain_jax.train.flags import parse_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
@@ -50,17 +50,5 @@ def main(argv) -> None:
     print(f"curves: {WORKDIR.value}/curves.png")
 
 
-def parse(argv):
-  """Flags, with a config's own errors as one line."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError) as e:
-    text = str(e.args[0] if e.args else e).replace("\\n", " ")
-    text = re.sub(r"[\\'\"\s]+", " ", text).strip()
-    sys.exit(f"--config: unknown field or wrong type: {text}")
-  except OSError as e:
-    sys.exit(f"--config: {e}")
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=parse_flags)
