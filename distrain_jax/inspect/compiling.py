@@ -1,5 +1,6 @@
 """`compile`: a step, for hardware that need not be there, to its report."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -114,9 +115,7 @@ def read(
 
 def _hardware(mesh: Mesh) -> str:
   found = topologies.of(mesh)
-  if found is not None:
-    return getattr(found, "name", str(found))
-  return mesh.devices.flat[0].device_kind
+  return found.name if found else mesh.devices.flat[0].device_kind
 
 
 def _lower_run(run, arguments, topology, compiler_options):
@@ -162,9 +161,7 @@ def _mesh(run, topology) -> Mesh:
 
 def _fitting(topology: str, axes: Mapping[str, int], what: str) -> Mesh:
   found = topologies.topology(topology)
-  needed = 1
-  for size in axes.values():
-    needed *= size
+  needed = math.prod(axes.values())
   if needed != len(found.devices):
     raise ValueError(
       f"inspect.compile: {topology} has {len(found.devices)} devices, {what} "

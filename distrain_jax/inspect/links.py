@@ -13,20 +13,21 @@ from distrain_jax.inspect.collectives import Collective
 from distrain_jax.inspect.hardware import Chip
 
 
-def domains(devices: Sequence[Any]) -> list[Any]:
+def domains(devices: Sequence[Any]) -> list[int]:
   """The fast domain of each device, in the order of the program's mesh."""
 
-  def one(device) -> Any:
-    piece = getattr(device, "slice_index", None) or 0
-    if device.platform == "gpu" and hasattr(device, "coords"):
-      return tuple(device.coords[:2])  # ahead of time: (host, 0, GPU)
-    return piece
+  return [domain(device) for device in devices]
 
-  return [one(device) for device in devices]
+
+def domain(device: Any) -> int:
+  """The fast domain of a device, by its number."""
+  if device.platform == "gpu" and hasattr(device, "coords"):
+    return device.coords[0]  # ahead of time: (host, 0, GPU)
+  return getattr(device, "slice_index", None) or 0
 
 
 def bandwidth(
-  chip: Chip, domain_of: Sequence[Any]
+  chip: Chip, domain_of: Sequence[int]
 ) -> Callable[[Collective], float]:
   """Bytes/s that a device sends in a collective, the slowest group deciding."""
 

@@ -201,17 +201,24 @@ class _Walker:
     keys = ("branch_computations", "true_computation", "false_computation")
     names = x.called(*keys)
 
-    def attempt(name):
+    def outcome(name):
       saved = self.clock, self.events, self.communication
       self.clock = self.clock.copy()
       self.events, self.communication = [], []
       self.block(scope.into(name, x), runs)
-      sent = sum(c.collective.wire_bytes * c.runs for c in self.communication)
-      dear = self.clock.now, sent, self.clock.flops()
+      made = self.clock, self.events, self.communication
       self.clock, self.events, self.communication = saved
-      return dear
+      return made
 
-    self.block(scope.into(max(names, key=attempt), x), runs)
+    def dear(made):
+      clock, _, sent = made
+      wire = sum(c.collective.wire_bytes * c.runs for c in sent)
+      return clock.now, wire, clock.flops()
+
+    self.clock, events, sent = max(map(outcome, names), key=dear)
+    self.communication += sent
+    for event in events:
+      timeline.add(self.events, event)
 
   def _describe(self, scope, x) -> tuple[Collective, ...]:
     found = []
@@ -237,12 +244,11 @@ class _Walker:
 
   def _collective(self, scope, x, runs, pending) -> None:
     found = self._describe(scope, x)
-    seconds = sum(c.wire_bytes / self.bandwidth(c) for c in found)
+    seconds = [one.wire_bytes / self.bandwidth(one) for one in found]
     if forms.is_asynchronous(self.module, x):
-      self._begin(x, "communication", seconds, found, pending)
+      self._begin(x, "communication", sum(seconds), found, pending)
       return
-    for one in found:
-      took = one.wire_bytes / self.bandwidth(one)
+    for one, took in zip(found, seconds):
       # It waits for asynchronous ones that are on the link.
       start = max(self.clock.now, self.clock.free.get("communication", 0.0))
       wait = start - self.clock.now
@@ -255,8 +261,7 @@ class _Walker:
     source = scope.computation.instructions[x.operands[0]].shape
     both = (source, x.shape.elements[0] if x.shape.elements else x.shape)
     outside = sum(s.bytes for s in both if s.memory_space == 0)
-    seconds = outside / self.chip.memory_bandwidth
-    self._begin(x, "memory", seconds, (), pending)
+    self._begin(x, "memory", outside / self.chip.memory_bandwidth, (), pending)
 
   def _begin(self, x, stream, seconds, found, pending) -> None:
     clock = self.clock

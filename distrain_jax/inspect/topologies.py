@@ -23,7 +23,7 @@ from jax.experimental import topologies as jax_topologies
 from jax.sharding import Mesh
 
 from distrain_jax import spmd
-from distrain_jax.inspect import hardware
+from distrain_jax.inspect import hardware, links
 
 INSTALL = "pip install 'distrain-jax[aot]'"
 TOOLKIT = pathlib.Path("/usr/local/cuda")
@@ -113,7 +113,7 @@ def of(where: Any) -> Topology | None:
     return None
   if chip.name == "h100":
     # By NVLink domain: one host may run several processes.
-    hosts = len({_domain(d) for d in devices})
+    hosts = len(set(links.domains(devices)))
     shape = (hosts, len(devices) // hosts)
     return Topology(_named(chip, shape), "cuda", chip, devices, shape, hosts)
   dims = FAMILIES[chip.name].dims[0]
@@ -121,10 +121,6 @@ def of(where: Any) -> Topology | None:
   shape = tuple(max(c) - min(c) + 1 for c in along)
   hosts = len({d.process_index for d in devices})
   return Topology(_named(chip, shape), "tpu", chip, devices, shape, hosts)
-
-
-def _domain(gpu) -> int:
-  return gpu.coords[0] if hasattr(gpu, "coords") else gpu.slice_index
 
 
 def _named(chip, shape) -> str:

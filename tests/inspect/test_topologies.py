@@ -1,5 +1,6 @@
 """Topologies by name: what they are, and what is said of those that are not."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -66,10 +67,10 @@ def test_attached_devices_have_their_chip_and_cpus_have_none():
   assert topologies.of([]) is None
   kind = "NVIDIA H100 80GB HBM3"
   # One process a GPU, as SLURM starts them: two hosts all the same.
-  attached = [
-    types.SimpleNamespace(device_kind=kind, process_index=i, slice_index=i // 8)
-    for i in range(16)
-  ]
+  gpu = functools.partial(
+    types.SimpleNamespace, device_kind=kind, platform="gpu"
+  )
+  attached = [gpu(process_index=i, slice_index=i // 8) for i in range(16)]
   found = topologies.of(attached)
   assert (found.name, found.hosts, found.chip.name) == ("h100:2x8", 2, "h100")
 
