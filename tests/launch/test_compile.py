@@ -5,10 +5,7 @@ process that has imported everything and started nothing.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,32 +49,6 @@ COMMANDS = {
   "field": [DIGITS, SLICE, "--config.batch_sise=3"],
   "argument": [DIGITS, SLICE, "compare"],
 }
-FORK = """
-import json, os, runpy, sys
-import distrain_jax.train, distrain_jax.inspect, distrain_jax.models
-import sklearn.datasets, matplotlib.figure, tensorflow_datasets
-codes = {}
-for name, command in json.load(sys.stdin).items():
-  child = os.fork()
-  if not child:
-    for stream, ending in ((1, "out"), (2, "err")):
-      file = os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT)
-      os.dup2(file, stream)
-    sys.argv = command
-    code = 0
-    try:
-      runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as e:
-      code = e.code or 0
-      if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-  codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(json.dumps(codes))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +57,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ran(folder):
+def ran(folder, run_launchers):
   """ran(name) -> (exit code, output, errors) of that command."""
   commands = {}
   for name, arguments in COMMANDS.items():
@@ -96,18 +67,12 @@ def ran(folder):
     ]
     if name != "devices":  # that one finds its own folder
       commands[name].append(f"--out={folder / name}")
-  result = subprocess.run(
-    [sys.executable, "-W", "ignore", "-c", FORK],
-    input=json.dumps(commands),
-    cwd=folder,
-    env={**os.environ, "HOME": str(folder)},
-    capture_output=True,
-    text=True,
+  return run_launchers(
+    commands,
+    folder,
+    "import distrain_jax.train, distrain_jax.inspect, distrain_jax.models\n"
+    "import sklearn.datasets, matplotlib.figure, tensorflow_datasets",
   )
-  assert result.returncode == 0, result.stderr
-  codes = json.loads(result.stdout.splitlines()[-1])
-  read = lambda name, ending: (folder / f"{name}.{ending}").read_text()
-  return lambda name: (codes[name], read(name, "out"), read(name, "err"))
 
 
 def kept(folder, name):

@@ -6,9 +6,6 @@ process that has imported everything and started nothing.
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,30 +40,6 @@ COMMANDS = {
   "model": [QUICK, "--config.model.name=mpl"],
   "package": [QUICK, "--devices=1", "--config.log.wandb=project"],
 }
-FORK = """
-import json, os, runpy, sys
-import distrain_jax.train, sklearn.datasets, matplotlib.figure
-codes = {}
-for name, command in json.load(sys.stdin).items():
-  child = os.fork()
-  if not child:
-    output = os.open(name + ".txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.argv = command
-    code = 0
-    try:
-      runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as e:
-      code = e.code or 0
-      if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
-  codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(json.dumps(codes))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +48,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ran(folder):
+def ran(folder, run_launchers):
   """ran(name) -> (exit code, output) of that command."""
   commands = {}
   for name, arguments in COMMANDS.items():
@@ -85,17 +58,17 @@ def ran(folder):
       *(a.replace("configs/", f"{ROOT}/configs/") for a in arguments),
       f"--workdir={workdir}",
     ]
-  result = subprocess.run(
-    [sys.executable, "-W", "ignore", "-c", FORK],
-    input=json.dumps(commands),
-    cwd=folder,
-    env={**os.environ, "HOME": str(folder)},  # of the compilation cache
-    capture_output=True,
-    text=True,
+  run = run_launchers(
+    commands,
+    folder,
+    "import distrain_jax.train, sklearn.datasets, matplotlib.figure",
   )
-  assert result.returncode == 0, result.stderr
-  codes = json.loads(result.stdout)
-  return lambda name: (codes[name], (folder / f"{name}.txt").read_text())
+
+  def output(name):
+    code, out, err = run(name)
+    return code, err + out
+
+  return output
 
 
 def test_a_run_prints_its_result_and_leaves_its_folder(ran, folder):
