@@ -64,6 +64,15 @@ OPTIONS: dict[str, Entry] = {
     chips=("v5p", "v6e"),
     options={_OFFLOAD + "all_reduce": True},
   ),
+  "all-to-all beside compute": Entry(
+    buys=(
+      "An all-to-all becomes a start and a done. Where reduce-scatters cannot, "
+      "gradients reach their owners that way (see overlap.REDUCTIONS)."
+    ),
+    costs="Its buffers live from the start to the done.",
+    chips=("v5e", "v5p"),
+    options={"xla_tpu_enable_async_all_to_all": True},
+  ),
   "gradients leave while the backward pass runs": Entry(
     buys=(
       "XLA combines collectives up to 30 MiB. A model's gradients that are "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from distrain_jax.method import (
   Batch,
@@ -66,6 +67,26 @@ def gradient_fn(
   other: model_state passes through them, micro-batch i gets fold_in(key, i),
   and gradients are summed in their own dtype, then divided once.
   """
+  one = microbatch_fn(loss_fn)
+
+  def many(params, model_state, batch, key) -> Gradient:
+    micro = microbatches(batch, accumulate)
+
+    def add_next(sums: Gradient, i):
+      return add_microbatch(one, sums, params, micro, i, key), None
+
+    sums = zeros(one, params, model_state, micro, key)
+    total, _ = jax.lax.scan(add_next, sums, jnp.arange(accumulate))
+    means = jax.tree.map(lambda x: x / accumulate, total[:3])
+    return Gradient(*means, total.model_state)
+
+  return one if accumulate == 1 else many
+
+
+def microbatch_fn(
+  loss_fn: LossFn | StatefulLoss,
+) -> Callable[[Params, Any, Batch, jax.Array], Gradient]:
+  """`(params, model_state, micro-batch, key) -> Gradient`."""
 
   def with_state(params, model_state, batch, key):
     if isinstance(loss_fn, StatefulLoss):
@@ -85,23 +106,43 @@ def gradient_fn(
     )
     return Gradient(loss, aux, grads, model_state)
 
-  def many(params, model_state, batch, key) -> Gradient:
-    def add(carry: Gradient, numbered):
-      i, micro = numbered
-      g = one(params, carry.model_state, micro, jax.random.fold_in(key, i))
-      sums = jax.tree.map(jnp.add, carry[:3], g[:3])
-      return Gradient(*sums, g.model_state), None
+  return one
 
-    micro = microbatches(batch, accumulate)
-    first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(one, params, model_state, first, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3])
-    numbered = (jnp.arange(accumulate), micro)
-    total, _ = jax.lax.scan(add, Gradient(*zeros, model_state), numbered)
-    means = jax.tree.map(lambda x: x / accumulate, total[:3])
-    return Gradient(*means, total.model_state)
 
-  return one if accumulate == 1 else many
+def zeros(
+  one, params, model_state, micro: Batch, key: jax.Array, after=None
+) -> Gradient:
+  """No micro-batch yet: sums of 0 (see `late_zeros`), and the model_state."""
+  first = jax.tree.map(lambda x: x[0], micro)
+  shapes = jax.eval_shape(one, params, model_state, first, key)
+  return Gradient(*late_zeros(shapes[:3], after), model_state)
+
+
+def late_zeros(shapes: Any, after: jax.Array | None) -> Any:
+  """Zeros that XLA cannot make before `after` is known.
+
+  It makes plain ones whenever it likes, which is at the start of a step: the
+  sums of two loops that run one after the other would both live all the time.
+
+  Args:
+    shapes: a tree of arrays or ShapeDtypeStructs.
+    after: a floating scalar, of whatever value; None: plain zeros.
+  """
+  zero = 0.0
+  if after is not None:
+    # True for every number and NaN, which XLA does not work out.
+    zero = jnp.where(~(after < -jnp.inf), 0.0, 1.0)
+  return jax.tree.map(lambda x: jnp.full(x.shape, zero, x.dtype), shapes)
+
+
+def add_microbatch(
+  one, sums: Gradient, params, micro: Batch, i: jax.Array, key: jax.Array
+) -> Gradient:
+  """The sums with micro-batch i; micro leaves are (k, rows, ...)."""
+  at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+  now = jax.tree.map(at, micro)
+  g = one(params, sums.model_state, now, jax.random.fold_in(key, i))
+  return Gradient(*jax.tree.map(jnp.add, sums[:3], g[:3]), g.model_state)
 
 
 def _pair(out, form: str):
@@ -154,3 +195,19 @@ def check_clip_norm(name: str, clip_norm: float | None) -> None:
       f"{name}: `clip_norm` is the largest global norm of a gradient, above "
       f"0, or None for no clipping; got {clip_norm!r}."
     )
+
+
+def check_dtype(name: str, field: str, dtype: DTypeLike | None) -> None:
+  try:
+    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
+  except TypeError:  # no dtype at all, such as a misspelt name
+    floating = False
+  if not floating:
+    raise ValueError(
+      f"{name}: `{field}` is a floating dtype such as 'bfloat16', or None; "
+      f"got {dtype!r}."
+    )
+
+
+def cast(tree: Params, dtype: DTypeLike) -> Params:
+  return jax.tree.map(lambda x: x.astype(dtype), tree)

@@ -65,19 +65,26 @@ class Layout(NamedTuple):
       for x, leaf in zip(rows, self.leaves)
     )
 
-  def pack(self, rows: list[jax.Array]) -> dict[str, jax.Array]:
+  def pack(self, rows: list[jax.Array], parts: int = 1) -> dict[str, jax.Array]:
     """(N, m) leaves, small ones side by side: {name: (N, rows, lanes)}.
 
     Zero-padded; a name is the leaves' dtype, and a number for one that is alone.
+    The rows of a buffer are a multiple of `parts`, or 1 in one too small to cut.
 
     Three axes with the workers first, the last two in whole tiles: XLA for
     TPU turns a scatter of anything else into a whole all-reduce, twice the
     bytes.
     """
     groups: dict[str, list[jax.Array]] = {}
-    for x, name in zip(rows, self._buffers([x.dtype for x in rows])):
+    last: dict[str, int] = {}  # axis of the leaf, where one is alone
+    names = self._buffers([x.dtype for x in rows])
+    for x, name, leaf in zip(rows, names, self.leaves):
       groups.setdefault(name, []).append(x)
-    return {k: _lanes(jnp.concatenate(v, axis=1)) for k, v in groups.items()}
+      last[name] = leaf.shape[-1] if "/" in name else 0
+    return {
+      k: _lanes(jnp.concatenate(v, axis=1), parts, last[k])
+      for k, v in groups.items()
+    }
 
   def _buffers(self, dtypes) -> list[str]:
     """In which buffer each leaf travels, by name."""
@@ -119,10 +126,7 @@ class Layout(NamedTuple):
       for k, x in self.pack(rows).items()
     }
     mine = self.unpack(sums, [x.dtype for x in rows])
-    return self.treedef.unflatten(
-      _at_least_float32(x).reshape(leaf.piece_shape) / self.workers
-      for x, leaf in zip(mine, self.leaves)
-    )
+    return self.as_pieces(_at_least_float32(x) / self.workers for x in mine)
 
   def all_gather(self, pieces: Params, axis: str) -> Params:
     """The whole tree from every worker's pieces, in each leaf's own dtype."""
@@ -133,7 +137,19 @@ class Layout(NamedTuple):
     whole = {
       k: jax.lax.all_gather(x[0], axis) for k, x in self.pack(rows).items()
     }
-    rows = self.unpack(whole, [leaf.dtype for leaf in self.leaves])
+    return self.as_tree(self.unpack(whole, self.dtypes))
+
+  @property
+  def dtypes(self) -> list[Any]:
+    return [leaf.dtype for leaf in self.leaves]
+
+  def as_pieces(self, rows) -> Params:
+    """One worker's (m,) leaves -> its pieces."""
+    pairs = zip(rows, self.leaves)
+    return self.treedef.unflatten(x.reshape(y.piece_shape) for x, y in pairs)
+
+  def as_tree(self, rows) -> Params:
+    """(N, m) leaves -> the whole tree, padding taken off."""
     return self.treedef.unflatten(
       x.ravel()[: math.prod(leaf.shape)].reshape(leaf.shape)
       for x, leaf in zip(rows, self.leaves)
@@ -144,12 +160,14 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _lanes(x: jax.Array) -> jax.Array:
+def _lanes(x: jax.Array, parts: int, last: int) -> jax.Array:
   """(N, M) -> (N, rows, lanes); small buffers stay one row, unpadded."""
   n, m = x.shape
-  rows, columns = TILES
+  rows, columns = TILES[0] * parts, TILES[1]
   if m < rows * LANES:
     return x.reshape(n, 1, m)
+  if last and last % columns == 0 and m % (rows * last) == 0:
+    return x.reshape(n, -1, last)  # as the leaf lies in memory: no copy
   lanes = LANES
   if m < 100 * rows * LANES:  # where the padding would be above 1 %
     lanes = -(-m // (rows * columns)) * columns

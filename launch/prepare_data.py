@@ -2,7 +2,8 @@ r"""Turns text into token shards, once, for data.name='tokens'.
 
   python launch/prepare_data.py --out=data/notes notes/ more.txt
   python launch/prepare_data.py --out=data/alpaca alpaca.json \
-      --field=instruction,input,output
+      --tokenizer=tokenizer.json \
+      --template='Task: {instruction}\n\nInput: {input}\n\nAnswer: {output}'
   python launch/prepare_data.py --out=data/fineweb fineweb/*.parquet \
       --tokenizer=tokenizer.json
   python launch/prepare_data.py --out=data/stories stories.txt \
@@ -51,7 +52,16 @@ def parser() -> argparse.ArgumentParser:
     help="file, folder, pattern, tfds:NAME",
   )
   add("--out", required=True, help="the folder to make")
-  add("--field", default="text", help="of objects and rows: NAME[,NAME...]")
+  texts = p.add_mutually_exclusive_group()
+  texts.add_argument(
+    "--field", default="text", help="of objects and rows: NAME[,NAME...]"
+  )
+  texts.add_argument(
+    "--template",
+    metavar="TEXT",
+    help="with fields in braces, \\n for newlines; paragraphs whose fields are "
+    "empty are left out",
+  )
   add("--separator", help="cuts text files into documents; \\n means newline")
   add("--tokenizer", default="byte", help="byte, or a tokenizer.json")
   add("--end_token", help="of the tokenizer; closes documents")
@@ -82,13 +92,14 @@ def documents(args: argparse.Namespace, show: bool):
   bar = tqdm(
     total=total, unit="B", unit_scale=True, disable=None if show else True
   )
-  separator = args.separator and args.separator.replace("\\n", "\n")
+  lines = lambda text: text and text.replace("\\n", "\n")
   with bar:
     for path in paths:
       yield from docs.read(
         path,
         fields=args.field.split(","),
-        separator=separator,
+        template=lines(args.template),
+        separator=lines(args.separator),
         folder=args.tfds_dir,
         advance=bar.update,
       )

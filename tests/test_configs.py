@@ -15,7 +15,9 @@ from distrain_jax.method import Variables
 from distrain_jax.train import experiment
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+NAMES = sorted(
+  str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.py")
+)
 
 
 def image(name, side, channels, classes):
@@ -29,6 +31,9 @@ def text(name, length, vocab):
 
 # (file, argument) -> what the data that it asks for is like
 RUNS = {
+  ("acco/paper_alpaca", None): text("tokens", 512, 50_257),
+  ("acco/paper_openwebtext_125m", None): text("tokens", 1024, 50_257),
+  ("acco/text", None): text("stdlib_text", 128, 256),
   ("cifar10_resnet", None): image("cifar10", 32, 3, 10),
   ("digits", None): image("digits", 8, 1, 10),
   ("fashion_mnist", None): image("fashion_mnist", 28, 1, 10),
@@ -89,9 +94,9 @@ def test_the_head_tells_the_command_and_the_number_of_parameters(given):
   assert f"{count:,}" in re.findall(r"\d[\d,]*\d", given.head)
 
 
-def check_step(given, method):
+def check_step(given, **changes):
   c = given.config.copy_and_resolve_references()
-  c.method.name = method
+  c.method.update(changes)
   run = experiment.program(c, given.info).run
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = run.abstract(key, given.model)
@@ -106,12 +111,12 @@ def check_step(given, method):
 
 
 def test_a_step_at_full_size_keeps_what_the_state_is(given):
-  check_step(given, "ddp")
+  check_step(given)
 
 
 @pytest.mark.parametrize("given", LARGE, indirect=True, ids=name_of)
 def test_so_does_a_step_of_zero1(given):
-  check_step(given, "zero1")
+  check_step(given, name="zero1")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,7 @@ TINY = {
   "digits": {},
   "fashion_mnist": {"model.width": 1 / 16},
   "text": {"model.layers": 1},
+  "acco/text": {"model.layers": 1},
 }
 
 

@@ -1,5 +1,6 @@
 """Several processes give the numbers of one device."""
 
+import functools
 import os
 import pathlib
 import socket
@@ -16,7 +17,13 @@ import distrain_jax as dj
 pytestmark = pytest.mark.core
 
 PROCESSES, DEVICES, STEPS, ROWS = 2, 2, 4, 16
-METHODS = {"ddp": dj.ddp, "zero1": dj.zero1, "fsdp": dj.fsdp}
+METHODS = {
+  "ddp": dj.ddp,
+  "zero1": dj.zero1,
+  "fsdp": dj.fsdp,
+  "local_sgd": functools.partial(dj.local_sgd, sync_every=2),
+  "diloco": functools.partial(dj.diloco, sync_every=2, fragments=2, delay=1),
+}
 ROOT = pathlib.Path(dj.__file__).parents[1]
 
 

@@ -1,12 +1,25 @@
 """Training methods: each a factory `(loss_fn, tx, *, options) -> Method`."""
 
+from distrain_jax.methods.acco import ACCOState as ACCOState
+from distrain_jax.methods.acco import acco as acco
 from distrain_jax.methods.ddp import DDPState as DDPState
 from distrain_jax.methods.ddp import ddp as ddp
+from distrain_jax.methods.diloco import DiLoCoState as DiLoCoState
+from distrain_jax.methods.diloco import diloco as diloco
 from distrain_jax.methods.fsdp import FSDPState as FSDPState
 from distrain_jax.methods.fsdp import fsdp as fsdp
 from distrain_jax.methods.guard import guard as guard
+from distrain_jax.methods.local_sgd import LocalSGDState as LocalSGDState
+from distrain_jax.methods.local_sgd import local_sgd as local_sgd
 from distrain_jax.methods.zero1 import Zero1State as Zero1State
 from distrain_jax.methods.zero1 import zero1 as zero1
 
 # The methods that a config can name.
-FACTORIES = {"ddp": ddp, "zero1": zero1, "fsdp": fsdp}
+FACTORIES = {
+  "ddp": ddp,
+  "zero1": zero1,
+  "fsdp": fsdp,
+  "acco": acco,
+  "local_sgd": local_sgd,
+  "diloco": diloco,
+}

@@ -68,8 +68,8 @@ def zero1(
   """
   gradients.check_accumulate("zero1", accumulate)
   gradients.check_clip_norm("zero1", clip_norm)
-  _check_dtype("wire_dtype", wire_dtype)
-  _check_dtype("param_dtype", param_dtype)
+  gradients.check_dtype("zero1", "wire_dtype", wire_dtype)
+  gradients.check_dtype("zero1", "param_dtype", param_dtype)
   gradient = gradients.gradient_fn(loss_fn, accumulate)
 
   def init(key, model):
@@ -80,8 +80,8 @@ def zero1(
     pieces = layout.make_layout(whole, n).pieces(whole, me)
     masters = None
     if param_dtype is not None:
-      masters = pieces = _cast(pieces, jnp.float32)
-      whole = _cast(whole, param_dtype)
+      masters = pieces = gradients.cast(pieces, jnp.float32)
+      whole = gradients.cast(whole, param_dtype)
     step = jnp.zeros((), jnp.int32)
     return Zero1State(step, whole, model_state, masters, tx.init(pieces))
 
@@ -120,7 +120,7 @@ def zero1(
       pieces = layout.make_layout(whole, workers).pieces(whole, 0)
       if state.masters is None:
         return None, tx.init(pieces)
-      pieces = _cast(pieces, jnp.float32)
+      pieces = gradients.cast(pieces, jnp.float32)
       return pieces, tx.init(pieces)
 
     target = jax.eval_shape(one_worker, state.params)
@@ -140,19 +140,3 @@ def zero1(
     opt_state=P(axis),
   )
   return Method("zero1", axis, init, step, params, specs, reshard)
-
-
-def _cast(tree: Params, dtype: DTypeLike) -> Params:
-  return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
-def _check_dtype(field: str, dtype: DTypeLike | None) -> None:
-  try:
-    floating = dtype is None or jnp.issubdtype(dtype, jnp.floating)
-  except TypeError:  # no dtype at all, such as a misspelt name
-    floating = False
-  if not floating:
-    raise ValueError(
-      f"zero1: `{field}` is a floating dtype such as 'bfloat16', or None; "
-      f"got {dtype!r}."
-    )

@@ -7,7 +7,12 @@ one by itself.
 """
 
 from distrain_jax.models import adapters as adapters
+from distrain_jax.models import gpt_neo as gpt_neo
+from distrain_jax.models import huggingface as huggingface
 from distrain_jax.models import names as names
+from distrain_jax.models import weights as weights
+from distrain_jax.models.gpt_neo import GPTNeo as GPTNeo
+from distrain_jax.models.gpt_neo import GPTNeoConfig as GPTNeoConfig
 from distrain_jax.models.llama import PRESETS as PRESETS
 from distrain_jax.models.llama import Llama as Llama
 from distrain_jax.models.llama import LlamaConfig as LlamaConfig

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax.method import Variables
-from distrain_jax.models.llama import PRESETS, Llama, LlamaConfig
+from distrain_jax.models import gpt_neo, llama
 from distrain_jax.models.mlp import MLP
 from distrain_jax.models.options import pick, suggest
 from distrain_jax.models.resnet import ResNet
@@ -20,8 +20,15 @@ RESNETS = {
   "resnet34": {"stages": (3, 4, 6, 3), "bottleneck": False},
   "resnet50": {"stages": (3, 4, 6, 3), "bottleneck": True},
 }
+# name -> the module, its config's presets; `preset` starts from one of them
+DECODERS = {
+  "gpt_neo": (gpt_neo.GPTNeo, gpt_neo.PRESETS),
+  "llama": (llama.Llama, llama.PRESETS),
+}
+# name -> the class whose fields are the options
 MODELS = {
-  "llama": LlamaConfig,
+  "gpt_neo": gpt_neo.GPTNeoConfig,
+  "llama": llama.LlamaConfig,
   "mlp": MLP,
   **dict.fromkeys(RESNETS, ResNet),
 }
@@ -38,7 +45,7 @@ def option_types(name: str) -> dict[str, Any]:
   hints = typing.get_type_hints(model)
   fields = [f.name for f in dataclasses.fields(model) if f.init]
   types = {field: hints[field] for field in fields if field not in mine}
-  if name == "llama":
+  if name in DECODERS:
     types["preset"] = str
   return dict(sorted(types.items()))
 
@@ -49,12 +56,13 @@ def valid_options(name: str) -> tuple[str, ...]:
 
 
 def create(name: str, **options: Any) -> nn.Module:
-  """The model called `name`: mlp, resnet18, resnet34, resnet50 or llama.
+  """The model called `name`, one of `MODELS`.
 
   Args:
-    name: see above.
-    **options: fields of `MLP`, `ResNet` or `LlamaConfig`, as plain values. For
-      llama, `preset` (tiny, 134M, 500M, 1B) sets those that are not given.
+    name: mlp, resnet18, resnet34, resnet50, llama or gpt_neo.
+    **options: fields of `MLP`, `ResNet`, `LlamaConfig` or `GPTNeoConfig`, as
+      plain values. For the last two, `preset` sets those that are not given:
+      of llama tiny, 134M, 500M or 1B; of gpt_neo tiny, 125M, 1.3B or 2.7B.
 
   Returns:
     A Flax Linen module: `model.apply({"params": params}, inputs, train=False)`.
@@ -71,12 +79,13 @@ def create(name: str, **options: Any) -> nn.Module:
       raise ValueError(
         f"models: {name} has no option {option!r}. {suggest(option, valid)}"
       )
-  if name != "llama":
+  if name not in DECODERS:
     return MODELS[name](**RESNETS.get(name, {}), **options)
-  config = pick("llama: preset", options.pop("preset", "tiny"), PRESETS)
-  if {"embed", "heads"} & options.keys():
+  model, presets = DECODERS[name]
+  config = pick(f"{name}: preset", options.pop("preset", "tiny"), presets)
+  if "head_dim" in valid and {"embed", "heads"} & options.keys():
     options.setdefault("head_dim", None)  # follows them, not the preset
-  return Llama(dataclasses.replace(config, **options))
+  return model(dataclasses.replace(config, **options))
 
 
 def init(model: nn.Module, key: jax.Array, example: Any) -> Variables:

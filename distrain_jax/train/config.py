@@ -45,6 +45,9 @@ def default_config() -> ConfigDict:
 
   # A config file sets it: model_config(name, options of models.create).
   c.model = ConfigDict()
+  # A safetensors file of the model's parameters, from `models.weights.save` or
+  # launch/convert_weights.py, in any float dtype; "": random ones.
+  c.initial_params = ""
   c.loss = ConfigDict()  # options of the task's loss, e.g. label_smoothing
   # BatchNorm's statistics across workers: averaged, local or synchronised;
   # see distrain_jax.stateful. Models without such state ignore it.

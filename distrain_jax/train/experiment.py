@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from distrain_jax import data, methods, models, runners, spmd
 from distrain_jax.method import Method, Variables, stateful
 from distrain_jax.train import config as configs
-from distrain_jax.train import optimizers, placement, validate
+from distrain_jax.train import initial, optimizers, placement, validate
 from distrain_jax.train.evaluate import evaluator, with_bits_per_byte
 
 
@@ -38,11 +39,14 @@ def build(c: ConfigDict) -> Experiment:
 
   Raises:
     ValueError: for a field that cannot work, by name.
-    FileNotFoundError: if data is missing, with the command that gets it.
+    FileNotFoundError: if data or config.initial_params is missing, with the
+      command that gets it.
   """
   _checked_mesh(c)  # before any data is read
   dataset = data.load(c.data)
-  task, run, params, _ = program(c, dataset.info)
+  task, run, params, *_ = built = program(c, dataset.info)
+  if c.initial_params:
+    params = _given(c, built)
   rows = placement.process_rows(run.mesh, run.method.axis)
   return Experiment(
     config=c,
@@ -65,10 +69,13 @@ class Program(NamedTuple):
 
   task: models.Task
   run: runners.Run
-  params: Callable[[], Any]  # as Experiment.params
+  # As Experiment.params, but random whatever config.initial_params says.
+  params: Callable[[], Any]
   # (state, batch, key) of run.step as ShapeDtypeStructs, the state's with
   # shardings: what `inspect.compile` takes. Makes no array.
   abstract: Callable[[], tuple[Any, Any, Any]]
+  model: nn.Module
+  shardings: Any  # of params()
 
 
 def program(
@@ -97,9 +104,23 @@ def program(
     start = jax.random.fold_in(jax.random.key(c.seed), 0)
     return _initial(task, start, mesh, shardings)
 
-  return Program(
-    task, run, params, lambda: _abstract(c, info, task, run, shardings)
+  abstract = lambda: _abstract(c, info, task, run, shardings)
+  return Program(task, run, params, abstract, model, shardings)
+
+
+def _given(c: ConfigDict, built: Program) -> Callable[[], Any]:
+  """As Experiment.params, from config.initial_params."""
+  shapes, shardings = jax.eval_shape(built.params), built.shardings
+  stateful = isinstance(shapes, Variables)
+  if stateful:
+    shapes, shardings = shapes.params, shardings.params
+  read = initial.from_file(
+    c.initial_params, c.model.name, built.model, shapes, shardings
   )
+  if not stateful:
+    return read
+  # The file has what is trained; statistics start as they always do.
+  return lambda: built.params()._replace(params=read())
 
 
 def _abstract(c, info, task, run, shardings):

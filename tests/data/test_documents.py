@@ -47,6 +47,41 @@ def test_fields_are_joined_and_empty_ones_left_out(tmp_path, name):
   assert got == ["two\n\none", "x"]
 
 
+TASK = "Do it.\n\nTask: {ask} ({{x}})\n\nGiven:\n{given}\n\nAnswer: {say}!{ask}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_template_is_filled_and_paragraphs_without_text_left_out(
+  tmp_path, name
+):
+  rows = [
+    {"ask": "Add {1}.", "given": "1\n\n2", "say": "3"},
+    {"ask": "Say so.", "given": None, "say": ""},
+    {"ask": "", "given": "", "say": None},
+  ]
+  path = write(tmp_path / name, rows)
+  assert list(documents.read(path, template=TASK)) == [
+    "Do it.\n\nTask: Add {1}. ({x})\n\nGiven:\n1\n\n2\n\nAnswer: 3!Add {1}.",
+    "Do it.\n\nTask: Say so. ({x})\n\nAnswer: !Say so.",
+    "",
+  ]
+
+
+@pytest.mark.parametrize(
+  "template, message",
+  [
+    ("no field", "has no field, such as {text}"),
+    ("{a", "expected '}'"),
+    ("{}", "by name alone"),
+    ("{a!r}", "by name alone"),
+    ("{a:>3}", "by name alone"),
+  ],
+)
+def test_a_template_that_cannot_be_read_is_refused(template, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    documents.read(write(tmp_path / "a.jsonl"), template=template)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_field_gets_a_suggestion(tmp_path, name):
   path = write(tmp_path / name)

@@ -69,6 +69,17 @@ def test_every_input_becomes_the_same_tokens(main, tmp_path, capsys, kind):
   assert "train: " in capsys.readouterr().out
 
 
+def test_a_template_makes_instructions_of_rows(main, tmp_path):
+  rows = [{"ask": t, "given": "", "say": str(i)} for i, t in enumerate(TEXTS)]
+  source, out = tmp_path / "in.json", tmp_path / "out"
+  source.write_text(json.dumps(rows))
+  template = r"Task:\n{ask}\n\nGiven:\n{given}\n\nAnswer: {say}"
+  flags = [f"--template={template}", *SHARES]
+  assert main([f"--out={out}", str(source), *flags]) == 0
+  want = [f"Task:\n{t}\n\nAnswer: {i}" for i, t in enumerate(TEXTS)]
+  assert sorted(documents(out)) == sorted(want)
+
+
 def test_as_a_command_it_learns_a_tokenizer_and_refuses_to_overwrite(tmp_path):
   source, out = write(tmp_path, "jsonl"), tmp_path / "out"
   command = [sys.executable, str(SCRIPT), f"--out={out}", str(source)]

@@ -95,7 +95,7 @@ def compiled(mesh):
   @functools.cache
   def make(name, params="float32", accumulate=1, **options):
     params = mixed_params() if params == "mixed" else make_params(params)
-    factory = {"ddp": dj.ddp, "zero1": dj.zero1, "fsdp": dj.fsdp}[name]
+    factory = getattr(dj, name)
     method = factory(loss_fn, ADAMW, accumulate=accumulate, **options)
     run = dj.distribute(method, mesh(N))
     state = run.abstract(KEY, params)
@@ -181,6 +181,30 @@ def test_fsdp_scatters_each_gradient_and_sums_the_rest_at_once(compiled):
   assert rest.sizes == (1, 1, 1, 1, 127)
 
 
+@pytest.mark.parametrize("name", ["local_sgd", "diloco"])
+def test_models_travel_at_once_in_a_branch_and_else_only_metrics(
+  name, compiled
+):
+  step = compiled(name, "mixed", accumulate=3, clip_norm=1.0)
+  assert not any(c.in_entry for c in step.collectives)
+  alone, exchange = sorted(step.collectives, key=lambda c: sum(c.sizes))
+  assert alone.kind == exchange.kind == "all-reduce"
+  metrics = (1, 1, 1)  # loss, mae, norm
+  assert alone.sizes == metrics
+  sizes = [math.prod(shape) for shape in SHAPES.values()]
+  assert exchange.sizes == tuple(sorted([*sizes, *metrics]))
+
+
+def test_every_fragment_of_diloco_has_a_branch_of_its_own(compiled):
+  step = compiled("diloco", fragments=2, delay=1, mix=0.5)
+  assert not any(c.in_entry for c in step.collectives)
+  ordered = sorted(step.of("all-reduce"), key=lambda c: sum(c.sizes))
+  metrics, first, second = ordered
+  assert metrics.sizes == (1, 1, 1)
+  assert sum(first.sizes) + sum(second.sizes) == SIZE + 2 * 3
+  assert max(sum(first.sizes), sum(second.sizes)) < 0.51 * SIZE
+
+
 def wires(lowered, op):
   """Dtypes of what an op of the lowered program sends."""
   blocks = re.findall(
@@ -216,6 +240,9 @@ FORMULAS = [
   ("zero1", {}, 4 + 8 / N),
   ("zero1", {"param_dtype": "bfloat16"}, 2 + (8 + 4) / N),
   ("fsdp", {}, (4 + 8) / N),
+  ("local_sgd", {}, 4 + 8),
+  ("diloco", {}, (4 + 8) + (4 + 4)),
+  ("diloco", {"delay": 1, "wire_dtype": "bfloat16"}, (4 + 8) + (4 + 4) + 2),
 ]
 
 

@@ -39,6 +39,25 @@ METHODS = {
   ),
   "fsdp": lambda loss_fn, tx: dj.fsdp(loss_fn, tx, accumulate=2, clip_norm=0.3),
   "guarded": lambda loss_fn, tx: dj.guard(dj.zero1(loss_fn, tx), spike=3.0),
+  "local_sgd": lambda loss_fn, tx: dj.local_sgd(
+    loss_fn,
+    tx,
+    sync_every=2,
+    accumulate=2,
+    clip_norm=0.3,
+    opt_state="averaged",
+  ),
+  "diloco": lambda loss_fn, tx: dj.diloco(
+    loss_fn,
+    tx,
+    sync_every=3,
+    outer_momentum=0.3,
+    fragments=2,
+    delay=1,
+    mix=0.5,
+    accumulate=2,
+    clip_norm=0.3,
+  ),
 }
 # Numbers that travel in bfloat16 are summed in another order or precision.
 ROUNDING = {"zero1_low": 2e-2}
