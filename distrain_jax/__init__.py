@@ -18,9 +18,11 @@ from distrain_jax.method import stateful as stateful
 from distrain_jax.methods import acco as acco
 from distrain_jax.methods import ddp as ddp
 from distrain_jax.methods import diloco as diloco
+from distrain_jax.methods import dpu as dpu
 from distrain_jax.methods import fsdp as fsdp
 from distrain_jax.methods import guard as guard
 from distrain_jax.methods import local_sgd as local_sgd
+from distrain_jax.methods import weight_prediction as weight_prediction
 from distrain_jax.methods import zero1 as zero1
 from distrain_jax.rounds import Counted as Counted
 from distrain_jax.runners import Run as Run

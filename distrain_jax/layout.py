@@ -31,7 +31,8 @@ class Leaf(NamedTuple):
 
   shape: tuple[int, ...]
   dtype: Any
-  columns: int  # m = ceil(size / N)
+  columns: int  # m, at least size / N
+  lanes: int | None = None  # of its buffer, where that is cut like the leaf
 
   @property
   def piece_shape(self) -> tuple[int, ...]:
@@ -69,18 +70,18 @@ class Layout(NamedTuple):
     """(N, m) leaves, small ones side by side: {name: (N, rows, lanes)}.
 
     Zero-padded; a name is the leaves' dtype, and a number for one that is alone.
-    The rows of a buffer are a multiple of `parts`, or 1 in one too small to cut.
 
     Three axes with the workers first, the last two in whole tiles: XLA for
     TPU turns a scatter of anything else into a whole all-reduce, twice the
-    bytes.
+    bytes. There is a tile of rows at least for each of `parts`, or one row
+    alone in what is too small to be cut.
     """
     groups: dict[str, list[jax.Array]] = {}
-    last: dict[str, int] = {}  # axis of the leaf, where one is alone
+    last: dict[str, int | None] = {}
     names = self._buffers([x.dtype for x in rows])
     for x, name, leaf in zip(rows, names, self.leaves):
       groups.setdefault(name, []).append(x)
-      last[name] = leaf.shape[-1] if "/" in name else 0
+      last[name] = leaf.lanes if "/" in name else None
     return {
       k: _lanes(jnp.concatenate(v, axis=1), parts, last[k])
       for k, v in groups.items()
@@ -160,18 +161,33 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _lanes(x: jax.Array, parts: int, last: int) -> jax.Array:
+def _lanes(x: jax.Array, parts: int, lanes: int | None) -> jax.Array:
   """(N, M) -> (N, rows, lanes); small buffers stay one row, unpadded."""
   n, m = x.shape
   rows, columns = TILES[0] * parts, TILES[1]
+  if lanes is not None and m >= rows * lanes:
+    return x.reshape(n, -1, lanes)
   if m < rows * LANES:
     return x.reshape(n, 1, m)
-  if last and last % columns == 0 and m % (rows * last) == 0:
-    return x.reshape(n, -1, last)  # as the leaf lies in memory: no copy
   lanes = LANES
   if m < 100 * rows * LANES:  # where the padding would be above 1 %
     lanes = -(-m // (rows * columns)) * columns
   return jnp.pad(x, ((0, 0), (0, -m % (rows * lanes)))).reshape(n, -1, lanes)
+
+
+def _leaf(x, workers: int) -> Leaf:
+  """A large leaf is cut between rows of its last axis where that is cheap.
+
+  In whole tiles: its parts then lie in memory as the leaf does, and no copy is
+  made for the wire.
+  """
+  if x.size >= ALONE and x.ndim > 1 and x.shape[-1] % TILES[1] == 0:
+    last = x.shape[-1]
+    tile = TILES[0] * last
+    columns = -(-x.size // (workers * tile)) * tile
+    if 100 * workers * columns <= 101 * x.size:  # no more than 1 % of padding
+      return Leaf(x.shape, x.dtype, columns, last)
+  return Leaf(x.shape, x.dtype, -(-x.size // workers))
 
 
 def make_layout(tree: Params, workers: int) -> Layout:
@@ -180,7 +196,7 @@ def make_layout(tree: Params, workers: int) -> Layout:
   return Layout(
     workers,
     treedef,
-    tuple(Leaf(x.shape, x.dtype, -(-x.size // workers)) for x in leaves),
+    tuple(_leaf(x, workers) for x in leaves),
   )
 
 

@@ -12,6 +12,7 @@ all the compute of its own iteration, and its done after.
 Letters in shapes: N workers, S slices, R rows of a buffer, C its lanes.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax import compile_options, gradients
-from distrain_jax.layout import Layout
+from distrain_jax.layout import LANES, TILES, Layout
 from distrain_jax.method import Params
 
 Buffers = dict[str, jax.Array]
@@ -132,25 +133,25 @@ def _with_slices(leg: _Leg, slices: int, work, carry, first, send, over):
   Returns:
     `(carry, {name: what has landed})`.
   """
-  is_cut = lambda x: slices and x.shape[leg.rows_in] % slices == 0
+  is_cut = lambda x: slices and x.shape[leg.rows_in] >= slices
   cut = {k: x for k, x in send.items() if is_cut(x)}
   got = {k: leg.land(leg.talk(x)) for k, x in send.items() if k not in cut}
   if not slices:
     return carry, got
 
-  def slice_of(i):
-    return {
-      k: leg.talk(_take(x, i, slices, leg.rows_in)) for k, x in cut.items()
-    }
+  def message(i):
+    parts = {k: _take(x, i, slices, leg.rows_in) for k, x in cut.items()}
+    return {d: leg.talk(x) for d, x in _joined(parts).items()}
 
   def put(stores, news, i):
-    new = {k: leg.land(x) for k, x in news.items()}
-    return {k: _put(x, new[k], i, leg.rows_out) for k, x in stores.items()}
+    landed = {d: leg.land(x) for d, x in news.items()}
+    parts = _parted(landed, stores, slices, leg.rows_out, cut)
+    return {k: _put(x, parts[k], i, leg.rows_out) for k, x in stores.items()}
 
   def body(c, i):
     carry, stores, before = c
     stores = put(stores, before, jnp.maximum(i - 1, 0))
-    return (work(carry, first + i), stores, slice_of(i)), None
+    return (work(carry, first + i), stores, message(i)), None
 
   # Zeros are for the types' sake; those that matter are written over.
   after = next(iter(send.values())).ravel()[0] if send else None
@@ -159,20 +160,71 @@ def _with_slices(leg: _Leg, slices: int, work, carry, first, send, over):
   for k, x in stores.items():
     if k in over and (over[k].shape, over[k].dtype) == (x.shape, x.dtype):
       stores[k] = over[k]
-  before = late(lambda: slice_of(0))
+  before = late(lambda: message(0))
   (carry, stores, last), _ = jax.lax.scan(
     body, (carry, stores, before), jnp.arange(slices)
   )
   return carry, got | put(stores, last, slices - 1)
 
 
+def _joined(parts: Buffers) -> Buffers:
+  """(..., r, C) arrays below one another, one array a dtype: {dtype: (..., R, L)}.
+
+  One collective for all leaves: several would share one window of compute, and
+  some chips run no more than one of a kind at once.
+  """
+  groups: dict[str, list[jax.Array]] = {}
+  for k in sorted(parts):  # dicts that have been through JAX are sorted
+    groups.setdefault(str(parts[k].dtype), []).append(parts[k])
+  return {d: _below_one_another(xs) for d, xs in groups.items()}
+
+
+def _below_one_another(xs: list[jax.Array]) -> jax.Array:
+  if len(xs) == 1:
+    return xs[0]
+  lanes = math.gcd(LANES, *(x.shape[-2] * x.shape[-1] for x in xs))
+  rows = [x.reshape(*x.shape[:-2], -1, lanes) for x in xs]
+  missing = -sum(x.shape[-2] for x in rows) % TILES[0]
+  if missing:
+    shape = (*rows[0].shape[:-2], missing, lanes)
+    rows.append(jnp.zeros(shape, rows[0].dtype))
+  return jnp.concatenate(rows, -2)
+
+
+def _parted(messages: Buffers, stores, slices: int, axis: int, sent) -> Buffers:
+  """Undoes `_joined`: {name: its part in the shape of a slice of its store}."""
+  flat = {d: x.reshape(*x.shape[:-2], -1) for d, x in messages.items()}
+  start = dict.fromkeys(flat, 0)
+  parts = {}
+  for k in sorted(stores):
+    shape = list(stores[k].shape)
+    shape[axis] = _rows(shape[axis], slices)
+    d, size = str(sent[k].dtype), shape[-2] * shape[-1]
+    part = flat[d][..., start[d] : start[d] + size]
+    parts[k] = part.reshape(shape)
+    start[d] += size
+  return parts
+
+
+def _rows(rows: int, slices: int) -> int:
+  """Of a slice: whole tiles, where the buffer has them."""
+  tile = TILES[0] if rows % TILES[0] == 0 else 1
+  return -(-rows // (tile * slices)) * tile
+
+
 def _take(x: jax.Array, i, slices: int, axis: int) -> jax.Array:
-  size = x.shape[axis] // slices
-  return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+  """Slice i. The last one begins earlier where the rows do not divide.
+
+  Some rows then travel twice, with the same values.
+  """
+  size = _rows(x.shape[axis], slices)
+  at = jnp.minimum(i * size, x.shape[axis] - size)
+  return jax.lax.dynamic_slice_in_dim(x, at, size, axis)
 
 
 def _put(store: jax.Array, new: jax.Array, i, axis: int) -> jax.Array:
-  at = i * new.shape[axis]
+  size = new.shape[axis]
+  at = jnp.minimum(i * size, store.shape[axis] - size)
   return jax.lax.dynamic_update_slice_in_dim(store, new, at, axis)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from distrain_jax import gradients, layout, overlap
 from distrain_jax.gradients import Gradient
 from distrain_jax.method import Batch, Metrics, Params, StatefulLoss
+from distrain_jax.sharded_update import Shard, Sums
 
 
 class Counted(NamedTuple):
@@ -95,6 +96,15 @@ def make_plan(
     slices=most if slices is None else slices,
     reduction=reduction,
   )
+
+
+def check_warmup(name: str, warmup: int) -> None:
+  whole = isinstance(warmup, Integral) and not isinstance(warmup, bool)
+  if not whole or warmup < 0:
+    raise ValueError(
+      f"{name}: `warmup` is the number of synchronous steps at the start, from "
+      f"0; got {warmup!r}."
+    )
 
 
 def exchange(plan: Plan, params: Params) -> overlap.Exchange:
@@ -193,6 +203,28 @@ def half(
 def waiting(plan: Plan, sums: Params) -> Params:
   """Gradient sums in the dtype that they wait and travel in."""
   return jax.tree.map(lambda x: x.astype(plan.wire_dtype or x.dtype), sums)
+
+
+def commit_now(
+  plan: Plan, advance, shard: Shard, like: Params, pending: Sums, *others: Sums
+) -> tuple[Params, Shard, jax.Array]:
+  """An update with nothing beside its communication.
+
+  Args:
+    plan: the method's options.
+    advance: `(shard, *sums of all workers) -> (shard, norm)`.
+    shard: to be updated.
+    like: a tree like the whole parameters.
+    pending: this worker's sums; their count is of all workers.
+    *others: pieces that are sums of all workers already.
+
+  Returns:
+    `(the whole parameters, the shard, the mean gradient's norm)`.
+  """
+  talk = exchange(plan, like)
+  sums = pending._replace(grads=overlap.scatter_sums(talk, pending.grads))
+  shard, norm = advance(shard, sums, *others)
+  return overlap.gather_pieces(talk, shard.masters), shard, norm
 
 
 def means(plan: Plan, sums: Gradient, todo: Share) -> Metrics:

@@ -21,13 +21,14 @@ from configs import digits
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where runs go.")
 STEPS = flags.DEFINE_integer("steps", None, "Of each run; unset: the config's.")
 WORKERS = 8
+AVERAGED = 120  # steps: whole rounds of all that exchange every so many
 
 ROWS = tuple(methods.FACTORIES)  # one a method, in their order
 HEADERS = (
   "method",
   "test accuracy",
   "test loss",
-  "bytes a worker sends per step",
+  "bytes a worker sends per step, on average",
   "bytes of state a worker holds",
 )
 
@@ -58,7 +59,7 @@ def one(method: str, folder: Path) -> tuple[str, ...]:
   result = train.train(experiment, folder, label=method)
   run, x = experiment.run, experiment
   batch = run.put(next(x.batches()))
-  sent = inspect.bytes_sent(run, result.state, batch, x.key)
+  sent = inspect.bytes_sent(run, result.state, batch, x.key, steps=AVERAGED)
   return (
     method,
     f"{result.metrics['test_accuracy']:.4f}",
@@ -73,9 +74,9 @@ def draw(table, runs, path: Path) -> None:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9, 5.6), layout="constrained")
+  figure = Figure(figsize=(9.6, 7), layout="constrained")
   FigureCanvasAgg(figure)
-  above, below = figure.subplots(2, 2, height_ratios=(3, 2))
+  above, below = figure.subplots(2, 2, height_ratios=(4, 3))
   for axes, metric in zip(above, ("loss", "validation_accuracy")):
     curves.panel(axes, runs, metric)
   methods_shown = [row[0] for row in table[1:]]
@@ -83,7 +84,8 @@ def draw(table, runs, path: Path) -> None:
     sizes = [float(row[column].replace(",", "")) / 1024 for row in table[1:]]
     bars = axes.barh(methods_shown, sizes, color=colours(len(sizes)))
     axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.set(title=f"{HEADERS[column]}, in KiB", xlim=(0, 1.15 * max(sizes)))
+    axes.set_title(f"{HEADERS[column]}, in KiB", fontsize=10, loc="left")
+    axes.set_xlim(0, 1.15 * max(sizes))
     axes.invert_yaxis()
   figure.suptitle(f"scikit-learn's digits, a small MLP, {WORKERS} workers")
   figure.savefig(path, dpi=130)

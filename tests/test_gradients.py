@@ -134,3 +134,45 @@ def test_what_a_stateful_loss_must_return_is_said():
   fn = lambda w, model_state, batch, key: (jnp.sum(w), {})
   with pytest.raises(TypeError, match=r"\(loss, \(aux, model_state\)\)"):
     gradients.gradient_fn(dj.stateful(fn))(W, {}, {"x": X}, KEY)
+
+
+def test_late_zeros_are_zeros_whatever_they_wait_for():
+  shapes = {
+    "a": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16),
+    "b": jax.ShapeDtypeStruct((), jnp.int32),
+    "c": jnp.ones(4),
+  }
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  late = jax.jit(lambda after: gradients.late_zeros(shapes, after))
+  for after in (0.0, -1e30, np.inf, -np.inf, np.nan):
+    zeros = late(jnp.float32(after))
+    assert kinds(zeros) == kinds(shapes)
+    assert not any(x.any() for x in jax.tree.leaves(zeros))
+  assert kinds(gradients.late_zeros(shapes, None)) == kinds(shapes)
+
+
+def test_the_compiler_cannot_make_late_zeros_early():
+  shape = jax.ShapeDtypeStruct((1000,), jnp.float32)
+
+  text = lambda late: (
+    jax.jit(lambda x: gradients.late_zeros(shape, x if late else None))
+    .lower(jnp.float32(1.0))
+    .compile()
+    .as_text()
+  )
+  # Folded away, nothing would be left to compare.
+  assert "compare" in text(True) and "compare" not in text(False)
+
+
+def test_sums_start_from_no_microbatch_and_grow_by_one():
+  one = gradients.microbatch_fn(loss_fn)
+  micro = gradients.microbatches({"x": X}, 3)
+  sums = gradients.zeros(one, W, (), micro, KEY, jnp.float32(2.0))
+  assert not any(x.any() for x in jax.tree.leaves(sums))
+  for i in range(3):
+    sums = gradients.add_microbatch(one, sums, W, micro, i, KEY)
+  means = jax.tree.map(lambda x: x / 3, sums)
+  expected = gradients.gradient_fn(loss_fn, 3)(W, (), {"x": X}, KEY)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), means, expected
+  )

@@ -197,3 +197,43 @@ def test_restacked_state_is_that_of_the_other_number_of_workers(tree, n, m):
   one = jax.tree.map(lambda x: x[0], stack(tree, m))
   target = jax.eval_shape(lambda: one)
   assert_equal(layout.restack(stack(tree, n), target, m), stack(tree, m))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+  monkeypatch.setattr(layout, "TILES", (2, 4))
+  monkeypatch.setattr(layout, "LANES", 8)
+  monkeypatch.setattr(layout, "ALONE", 100)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_buffers_have_a_tile_for_each_part_or_are_one_row(parts, small_tiles):
+  sizes = (90, 3, 350, 1, 64)
+  tree = [np.arange(n, dtype=np.float32) + 1 for n in sizes]
+  flat = layout.make_layout(tree, 3)
+  rows = flat.rows(tree)
+  buffers = flat.pack(rows, parts)
+  large = [x for x in buffers.values() if x.shape[1] > 1]
+  assert len(large) == 2 or parts == 5
+  for x in large:
+    assert x.shape[1] >= 2 * parts
+    assert x.shape[1] % 2 == x.shape[2] % 4 == 0
+  assert_equal(flat.unpack(buffers, [jnp.float32] * len(sizes)), rows)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_large_leaf_is_cut_as_it_lies_in_memory(parts, small_tiles):
+  tree = [np.arange(24 * 8, dtype=np.float32).reshape(24, 8), np.ones(5, "f")]
+  flat = layout.make_layout(tree, 3)
+  buffers = flat.pack(flat.rows(tree), parts)
+  np.testing.assert_array_equal(buffers["float32/0"], tree[0].reshape(3, 8, 8))
+
+
+def test_small_leaves_and_large_ones_keep_their_places(small_tiles):
+  """Leaves of their own between small ones, their numbers of two digits."""
+  sizes = [120 if i in (0, 2, 10) else i for i in range(12)]
+  tree = [np.full(n, i, np.float32) for i, n in enumerate(sizes)]
+  flat = layout.make_layout(tree, 4)
+  gather = lambda w: flat.all_gather(flat.pieces(tree, w), "i")
+  whole = jax.jit(jax.vmap(gather, axis_name="i"))(jnp.arange(4))
+  assert_equal([x[3] for x in whole], tree)

@@ -21,6 +21,7 @@ METHODS = {
   "ddp": dj.ddp,
   "zero1": dj.zero1,
   "fsdp": dj.fsdp,
+  "acco": functools.partial(dj.acco, wire_dtype=None, warmup=1),
   "local_sgd": functools.partial(dj.local_sgd, sync_every=2),
   "diloco": functools.partial(dj.diloco, sync_every=2, fragments=2, delay=1),
 }

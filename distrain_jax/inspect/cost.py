@@ -4,11 +4,13 @@ The seconds of an instruction are the larger of its operations over the chip's
 peak and its bytes over the bandwidth of the main memory (Williams et al., 2009,
 https://doi.org/10.1145/1498765.1498785). Bytes are what crosses the border of a
 fusion; what a program keeps on the chip (TPU: memory space 1) is free, and of
-what is only sliced, or updated in place, only the slice counts.
+what is only sliced, or updated in place, only the slice counts. A collective
+that is fused with compute is not counted here: it has its own seconds.
 """
 
 from typing import NamedTuple
 
+from distrain_jax.inspect.collectives import KINDS, base_kind
 from distrain_jax.inspect.flops import flops
 from distrain_jax.inspect.hardware import Chip
 from distrain_jax.inspect.hlo import Computation, Instruction, Module, Shape
@@ -82,6 +84,8 @@ def _read(body: Computation, users, x: Instruction) -> float:
       continue  # what is not written stays where it is
     elif y.opcode == "bitcast":
       total += _read(body, users, y)
+    elif base_kind(y.opcode) in KINDS or y.opcode == "tuple":
+      continue  # travels beside this compute, or is only handed on
     else:
       return float(x.shape.bytes)
   return min(total, float(x.shape.bytes))
@@ -92,7 +96,7 @@ def _written(body: Computation, x: Instruction) -> float:
     return min(_outside(x.shape), _written(body, _operand(body, x, 0)))
   if x.opcode == "dynamic-update-slice":
     return min(_outside(x.shape), float(_operand(body, x, 1).shape.bytes))
-  if x.opcode == "parameter":
+  if x.opcode == "parameter" or base_kind(x.opcode) in KINDS:
     return 0.0
   return _outside(x.shape)
 

@@ -12,9 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
+import jax.numpy as jnp
 import numpy as np
 
 from distrain_jax.runners import Run
+
+FEW = 4096  # integers that are followed through a program
+Known = list[Any]  # values, None where they are not known
 
 # Primitive -> (x, N) -> bytes that one worker sends.
 RING: dict[str, Callable[[int, int], float]] = {
@@ -29,28 +34,48 @@ RING: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def bytes_sent(run: Run, state: Any, batch: Any, key: Any) -> dict[str, float]:
-  """Bytes that one worker sends in one step, by kind of collective.
+def bytes_sent(
+  run: Run, state: Any, batch: Any, key: Any, *, steps: int = 1
+) -> dict[str, float]:
+  """Bytes that one worker sends in a step, by kind of collective.
 
   Args:
     run: made by `distribute`; a simulated one has no collectives left.
     state, batch, key: as for `run.step`, or their ShapeDtypeStructs.
+    steps: averages over so many, from the state's on: methods that exchange
+      every so many steps send most of their bytes then.
 
   Returns:
-    {"psum": bytes, ...}; the loop trips of scans are counted, of the branches
-    of a conditional the dearest one.
+    {"psum": bytes, ...}; the loop trips of scans are counted. Of a conditional
+    that branch counts which the integers of the state, such as its step, lead
+    to. Where that is not known, as in a state of ShapeDtypeStructs, it is the
+    dearest one.
 
   Raises:
-    ValueError: for a simulated run, or a collective in a while loop whose
-      number of trips the program does not say.
+    ValueError: for a simulated run; for a collective in a while loop whose
+      number of trips the program does not say; for steps below 1, or above it
+      without a state whose integers are known.
   """
   if run.mesh is None:
     raise ValueError(
       "bytes_sent: this run is simulated on one device, where nothing is sent. "
       "Pass one from distribute(method, mesh)."
     )
-  jaxpr = run.step.trace(state, batch, key).jaxpr.jaxpr
-  return _count(jaxpr, run.workers)
+  known: Known = [_integers(x) for x in jax.tree.leaves(state)]
+  if steps < 1 or (steps > 1 and all(x is None for x in known)):
+    raise ValueError(
+      f"bytes_sent: steps={steps} is at least 1, and for more than one the state "
+      "is that of run.init or run.step, whose step is known; got "
+      f"{'one' if steps < 1 else 'shapes'}."
+    )
+  closed = run.step.trace(state, batch, key).jaxpr
+  rest = [None] * (len(closed.jaxpr.invars) - len(known))  # batch and key
+  total: dict[str, float] = {}
+  for _ in range(steps):
+    counts, out = _walk(closed.jaxpr, closed.consts, known + rest, run.workers)
+    known = out[: len(known)]
+    _add(total, counts)
+  return {name: value / steps for name, value in total.items()}
 
 
 def bytes_held(state: Any) -> int:
@@ -69,34 +94,108 @@ def bytes_held(state: Any) -> int:
   return max(held.values(), default=0)
 
 
-def _count(jaxpr, workers: int) -> dict[str, float]:
+def _walk(
+  jaxpr, consts, known: Known, workers: int
+) -> tuple[dict[str, float], Known]:
+  """Bytes that a program sends, and those of its results that are known.
+
+  Args:
+    jaxpr, consts: the program.
+    known: its arguments' values, None where they are not known.
+    workers: N.
+  """
   total: dict[str, float] = {}
+  values = dict(zip(jaxpr.constvars, map(_integers, consts)))
+  values.update(zip(jaxpr.invars, known))
+
+  def read(v):
+    if isinstance(v, jax.extend.core.Literal):
+      return _integers(np.asarray(v.val, v.aval.dtype))
+    return values.get(v)
+
   for eqn in jaxpr.eqns:
-    name = eqn.primitive.name
-    if name in RING:
-      sizes = [v.aval.size * _itemsize(v.aval.dtype) for v in eqn.invars]
-      _add(total, {name: RING[name](sum(sizes), workers)})
-      continue
-    inner = [_count(j, workers) for j in _jaxprs_in(eqn.params)]
-    if name == "cond":
-      inner = [max(inner, key=lambda c: sum(c.values()))]
-    if name == "while" and any(inner):
-      raise ValueError(
-        "bytes_sent: a while loop holds a collective, and how often it runs is "
-        "not known. Use a scan or a fori_loop with constant bounds."
-      )
-    trips = eqn.params["length"] if name == "scan" else 1
-    for counts in inner:
-      _add(total, {k: v * trips for k, v in counts.items()})
-  return total
+    counts, outs = _equation(eqn, [read(v) for v in eqn.invars], workers)
+    _add(total, counts)
+    values.update(zip(eqn.outvars, outs))
+  return total, [read(v) for v in jaxpr.outvars]
+
+
+def _equation(eqn, given: Known, workers: int) -> tuple[dict, Known]:
+  """As `_walk`, of one equation."""
+  name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
+  if name in RING:
+    sizes = [v.aval.size * _itemsize(v.aval.dtype) for v in eqn.invars]
+    return {name: RING[name](sum(sizes), workers)}, unknown
+  inner = list(_jaxprs_in(eqn.params))
+  if not inner:
+    return {}, _folded(eqn, given)
+  if name == "cond" and given[0] is not None:
+    inner, given = [inner[int(given[0])]], given[1:]
+    name = "taken"
+  run = [_walk(j, c, _fitting(name, j, eqn, given), workers) for j, c in inner]
+  counts = [c for c, _ in run]
+  if name == "cond":
+    return max(counts, key=lambda c: sum(c.values())), unknown
+  if name == "while" and any(counts):
+    raise ValueError(
+      "bytes_sent: a while loop holds a collective, and how often it runs is "
+      "not known. Use a scan or a fori_loop with constant bounds."
+    )
+  trips = eqn.params["length"] if name == "scan" else 1
+  total: dict[str, float] = {}
+  for c in counts:
+    _add(total, {k: v * trips for k, v in c.items()})
+  if len(run) > 1 or name in ("scan", "while"):
+    return total, unknown
+  outs = run[0][1]
+  return total, outs if len(outs) == len(unknown) else unknown
+
+
+def _fitting(name: str, jaxpr, eqn, given: Known) -> Known:
+  """What an inner program's arguments are known to be."""
+  none = [None] * len(jaxpr.invars)
+  if name == "scan":  # what it carries differs by trip
+    count = eqn.params["num_consts"]
+    given = given[:count] + none[count:]
+  if name in ("while", "cond") or len(given) != len(none):
+    return none
+  # A worker sees a part of what differs by worker.
+  fits = lambda v, x: x is not None and x.shape == v.aval.shape
+  return [x if fits(v, x) else None for v, x in zip(jaxpr.invars, given)]
+
+
+def _folded(eqn, given: Known) -> Known:
+  """The results of an equation on known integers, if these are some too."""
+  ready = given and all(x is not None for x in given)
+  plain = not eqn.effects and "axis_name" not in eqn.params
+  if not (ready and plain and all(_is_small(v.aval) for v in eqn.outvars)):
+    return [None] * len(eqn.outvars)
+  out = eqn.primitive.bind(*given, **eqn.params)
+  return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _integers(x: Any) -> Any:
+  """The values of a few integers; None for anything else."""
+  known = isinstance(x, np.ndarray) or (
+    isinstance(x, jax.Array) and x.is_fully_replicated
+  )
+  return np.asarray(x) if known and _is_small(x) else None
+
+
+def _is_small(x) -> bool:
+  kinds = (jnp.integer, jnp.bool_)
+  whole = any(jnp.issubdtype(x.dtype, k) for k in kinds)
+  return whole and x.size <= FEW
 
 
 def _jaxprs_in(params):
+  """The programs in an equation's parameters, each with its constants."""
   for value in params.values():
     for item in value if isinstance(value, (list, tuple)) else [value]:
+      consts = getattr(item, "consts", ())
       item = getattr(item, "jaxpr", item)
       if hasattr(item, "eqns"):
-        yield item
+        yield item, consts
 
 
 def _add(total, more):

@@ -6,6 +6,9 @@ from distrain_jax.methods.ddp import DDPState as DDPState
 from distrain_jax.methods.ddp import ddp as ddp
 from distrain_jax.methods.diloco import DiLoCoState as DiLoCoState
 from distrain_jax.methods.diloco import diloco as diloco
+from distrain_jax.methods.dpu import DPUState as DPUState
+from distrain_jax.methods.dpu import dpu as dpu
+from distrain_jax.methods.dpu import weight_prediction as weight_prediction
 from distrain_jax.methods.fsdp import FSDPState as FSDPState
 from distrain_jax.methods.fsdp import fsdp as fsdp
 from distrain_jax.methods.guard import guard as guard
@@ -20,6 +23,12 @@ FACTORIES = {
   "zero1": zero1,
   "fsdp": fsdp,
   "acco": acco,
+  "dpu": dpu,
+  "weight_prediction": weight_prediction,
   "local_sgd": local_sgd,
   "diloco": diloco,
 }
+
+# How often a step cuts a worker's share into `accumulate` micro-batches: once,
+# but for methods whose step has several parts.
+HALVES = {"acco": 2}

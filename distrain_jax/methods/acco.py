@@ -23,7 +23,6 @@ different numbers of micro-batches, which the paper's loop decides by itself.
 """
 
 import functools
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,6 @@ from jax.typing import DTypeLike
 
 from distrain_jax import (
   gradients,
-  overlap,
   rounds,
   sharded_update,
   spmd,
@@ -130,7 +128,9 @@ def acco(
     slices=slices,
     reduction=reduction,
   )
-  _check(estimate_dtype, warmup)
+  rounds.check_warmup("acco", warmup)
+  if estimate_dtype != "int8":
+    gradients.check_dtype("acco", "estimate_dtype", estimate_dtype)
   one = gradients.microbatch_fn(loss_fn)
 
   def advance(shard: Shard, *sums: Sums):
@@ -227,12 +227,13 @@ def acco(
 
   def commit_now(state: ACCOState):
     """The pending update with nothing beside it, and its gradient's norm."""
-    exchange = rounds.exchange(plan, state.estimate)
-    sums = overlap.scatter_sums(exchange, state.grads)
-    mine = Sums(state.reduced, state.reduced_count)
-    shard, norm = advance(state.shard, mine, Sums(sums, state.count))
+    pending = Sums(state.grads, state.count)
+    reduced = Sums(state.reduced, state.reduced_count)
+    theta, shard, norm = rounds.commit_now(
+      plan, advance, state.shard, state.estimate, pending, reduced
+    )
     new = state._replace(
-      estimate=overlap.gather_pieces(exchange, shard.masters),
+      estimate=theta,
       shard=shard,
       grads=jax.tree.map(jnp.zeros_like, state.grads),
       count=jnp.zeros_like(state.count),
@@ -286,14 +287,3 @@ def _estimate_wire(dtype: DTypeLike, theta: Params, axis: str):
 
 def _like(tree: Params, other: Params) -> Params:
   return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
-
-
-def _check(estimate_dtype, warmup) -> None:
-  if estimate_dtype != "int8":
-    gradients.check_dtype("acco", "estimate_dtype", estimate_dtype)
-  whole = isinstance(warmup, Integral) and not isinstance(warmup, bool)
-  if not whole or warmup < 0:
-    raise ValueError(
-      "acco: `warmup` is the number of synchronous steps at the start, from "
-      f"0; got {warmup!r}."
-    )

@@ -1,8 +1,14 @@
 """A config's optimizer as an optax transform; all of them elementwise."""
 
+from typing import Any
+
 import jax
 import optax
 from ml_collections import ConfigDict
+
+# A logical axis along which parameters of different layers are stacked: it
+# makes no matrix of a vector.
+STACKED = "layers"
 
 
 def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
@@ -27,15 +33,39 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
   return optax.join_schedules([rise, after], [warmup])
 
 
-def decay_mask(params):
-  """Weight decay on what has two axes or more: no norms, no biases."""
-  return jax.tree.map(lambda x: x.ndim > 1, params)
+def decay_mask(names: Any) -> Any:
+  """Weight decay on what has two axes or more: no norms, no biases.
+
+  Args:
+    names: the parameters' logical axis names, as `models.logical_names` gives
+      them. A layer's bias has one axis, also where layers are stacked.
+
+  Returns:
+    A pytree of bools of the parameters' structure. It is made of the whole
+    model's names, because a method may show the optimizer pieces of leaves.
+
+  >>> decay_mask({"scale": ("layers", "embed"), "up": ("embed", "mlp")})
+  {'scale': False, 'up': True}
+  """
+  decays = lambda axes: sum(name != STACKED for name in axes) > 1
+  is_names = lambda x: isinstance(x, tuple)
+  return jax.tree.map(decays, names, is_leaf=is_names)
 
 
-def build(c: ConfigDict, steps: int) -> optax.GradientTransformation:
-  """The transform of `config.optimizer` for a run of that many steps."""
+def build(
+  c: ConfigDict, steps: int, names: Any = None
+) -> optax.GradientTransformation:
+  """The transform of `config.optimizer` for a run of that many steps.
+
+  Args:
+    c: `config.optimizer`.
+    steps: of the whole run.
+    names: the parameters' logical axis names, see `decay_mask`; None for a
+      model without them, whose axes are counted.
+  """
   rate = schedule(c, steps)
-  decay = optax.add_decayed_weights(c.weight_decay, mask=decay_mask)
+  mask = _has_two_axes if names is None else decay_mask(names)
+  decay = optax.add_decayed_weights(c.weight_decay, mask=mask)
   if c.name == "adamw":
     return optax.adamw(
       rate,
@@ -43,7 +73,7 @@ def build(c: ConfigDict, steps: int) -> optax.GradientTransformation:
       b2=c.b2,
       eps=c.eps,
       weight_decay=c.weight_decay,
-      mask=decay_mask,
+      mask=mask,
     )
   if c.name == "adam":
     core = optax.adam(rate, b1=c.b1, b2=c.b2, eps=c.eps)
@@ -52,3 +82,7 @@ def build(c: ConfigDict, steps: int) -> optax.GradientTransformation:
   else:
     core = optax.sgd(rate)
   return optax.chain(decay, core) if c.weight_decay else core
+
+
+def _has_two_axes(params):
+  return jax.tree.map(lambda x: x.ndim > 1, params)

@@ -11,6 +11,7 @@ from distrain_jax.train.config import options_of, suggest
 OPTIMIZERS = ("adam", "adamw", "momentum", "sgd")
 SCHEDULES = ("constant", "cosine", "linear")
 DTYPES = ("bfloat16", "float16", "float32")
+MORE_DTYPES = {"estimate_dtype": ("int8",)}  # option -> what else it takes
 AT_LEAST_ONE = (
   "steps",
   "batch_size",
@@ -54,7 +55,8 @@ def chosen_method_options(c: ConfigDict) -> dict[str, Any]:
         "config.method.name."
       )
     if option.endswith("dtype"):
-      _choice(f"method.{option}", chosen[option], DTYPES)
+      known = (*DTYPES, *MORE_DTYPES.get(option, ()))
+      _choice(f"method.{option}", chosen[option], known)
   return chosen
 
 
@@ -111,15 +113,19 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
 
 
 def _batch(c, mesh_shape, axis):
-  n, k = mesh_shape[axis], c.method.get("accumulate") or 1
-  if c.batch_size % (n * k):
-    low = c.batch_size // (n * k) * n * k
-    near = f"{low} or {low + n * k}" if low else f"{n * k}"
+  n, accumulate = mesh_shape[axis], c.method.get("accumulate") or 1
+  halves = methods.HALVES.get(c.method.name, 1)
+  multiple = n * halves * accumulate
+  if c.batch_size % multiple:
+    low = c.batch_size // multiple * multiple
+    near = f"{low} or {low + multiple}" if low else f"{multiple}"
+    of_halves = f"{halves} halves of a step of {c.method.name} times the "
     raise ValueError(
       f"config.batch_size={c.batch_size} is the global batch and must be a "
-      f"multiple of the {n} workers of config.mesh={dict(mesh_shape)} times "
-      f"config.method.accumulate={k}. Nearest: {near}, e.g. "
-      f"--config.batch_size={low + n * k}."
+      f"multiple of the {of_halves if halves > 1 else ''}{n} workers of "
+      f"config.mesh={dict(mesh_shape)} times "
+      f"config.method.accumulate={accumulate}. Nearest: {near}, e.g. "
+      f"--config.batch_size={low + multiple}."
     )
   if c.evaluation.batch_size % n:
     raise ValueError(

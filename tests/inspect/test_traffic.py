@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import distrain_jax as dj
-from distrain_jax import inspect
+from distrain_jax import inspect, methods
 from distrain_jax.method import Method
 
 pytestmark = pytest.mark.core
@@ -75,6 +75,69 @@ def test_of_a_conditional_the_dearest_branch_counts(mesh):
     return jax.lax.cond(s[0] > 0, big, small, s), {"loss": s[0]}
 
   assert sent(made_of(step), mesh(N)) == {"psum": 2 * 4 * SIZE * 3 / 4}
+
+
+def counting():
+  """A method whose state is a counter and a vector, sent at every third."""
+
+  def step(state, batch, key):
+    done = state[0] + 1
+    due = jnp.asarray([1, 0, 0])[done % 3]
+    big, small = (lambda x: jax.lax.psum(x, "data")), (lambda x: x)
+    x = jax.lax.switch(due, [small, big], state[1])
+    return (done, x), {"loss": x[0]}
+
+  init = lambda key, params: (jnp.zeros((), jnp.int32), params)
+  return Method("test", "data", init, step, lambda s: s[1], P())
+
+
+def test_the_branch_counts_that_the_state_leads_to(mesh):
+  run, key = dj.distribute(counting(), mesh(N)), jax.random.key(0)
+  batch, whole = np.ones((N, 1), np.float32), 2 * 4 * SIZE * 3 / 4
+  params = np.ones(SIZE, np.float32)
+  state = run.init(key, params)
+  for expected in (0, 0, whole, 0, 0, whole):
+    sent = inspect.bytes_sent(run, state, batch, key)
+    assert sum(sent.values()) == expected
+    state, _ = run.step(state, batch, key)
+  for steps, due in ((2, 0), (3, 1), (5, 1), (6, 2)):
+    sent = inspect.bytes_sent(run, state, batch, key, steps=steps)
+    assert sum(sent.values()) == due * whole / steps
+  shapes = run.abstract(key, params)
+  assert inspect.bytes_sent(run, shapes, batch, key) == {"psum": whole}
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "exchanges"),
+  [
+    ("ddp", {}, 1),
+    ("local_sgd", {"sync_every": 5}, 1 / 5),
+    ("diloco", {"sync_every": 10}, 1 / 10),
+    ("diloco", {"sync_every": 10, "fragments": 4, "delay": 3}, 1 / 10),
+    ("acco", {"wire_dtype": None}, 2),
+    ("acco", {"wire_dtype": None, "warmup": 5}, 2.5),
+  ],
+)
+def test_on_average_a_method_sends_what_its_exchanges_say(
+  name, options, exchanges, mesh
+):
+  method = methods.FACTORIES[name](loss_fn, optax.adam(0.1), **options)
+  run, key = dj.distribute(method, mesh(N)), jax.random.key(0)
+  batch = np.ones((2 * N, SIZE), np.float32)
+  state = run.init(key, np.zeros(SIZE, np.float32))
+  sent = inspect.bytes_sent(run, state, batch, key, steps=10)
+  scalars = 64  # loss and norms
+  whole = exchanges * 2 * 4 * SIZE * 3 / 4
+  assert 0 <= sum(sent.values()) - whole <= scalars
+
+
+def test_an_average_needs_a_state_and_a_step(mesh):
+  run, key = dj.distribute(counting(), mesh(N)), jax.random.key(0)
+  batch, params = np.ones((N, 1), np.float32), np.ones(SIZE, np.float32)
+  shapes = run.abstract(key, params)
+  for steps, given in ((0, "one"), (2, "shapes")):
+    with pytest.raises(ValueError, match=f"steps={steps} is.*got {given}"):
+      inspect.bytes_sent(run, shapes, batch, key, steps=steps)
 
 
 def test_an_unbounded_loop_is_refused_rather_than_counted_as_one(mesh):

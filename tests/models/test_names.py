@@ -14,6 +14,7 @@ from distrain_jax.models import names as vocabulary
 IMAGES, TOKENS = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 5), jnp.int32)
 NARROW = {"width": 1 / 8, "group_size": 2, "zero_last_scale": False}
 SMALL = {"embed": 16, "layers": 4, "heads": 8, "kv_heads": 4, "mlp": 12}
+NEO = {"embed": 16, "heads": 8, "mlp": 12, "window": 3}
 MODELS = {
   "mlp": (models.create("mlp", widths=(12, 8)), IMAGES),
   "resnet": (models.ResNet(stages=(1, 1), **NARROW), IMAGES),
@@ -25,6 +26,11 @@ MODELS = {
   "llama": (models.create("llama", **SMALL), TOKENS),
   "llama, tied, not scanned": (
     models.create("llama", **SMALL, tied=True, scan=False),
+    TOKENS,
+  ),
+  "gpt_neo": (models.create("gpt_neo", **NEO, layers=8), TOKENS),
+  "gpt_neo, not scanned": (
+    models.create("gpt_neo", **NEO, layers=3, scan=False),
     TOKENS,
   ),
 }

@@ -1,11 +1,13 @@
 """A config's optimizer against the formulas, in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from distrain_jax import train
+import distrain_jax as dj
+from distrain_jax import methods, models, train
 from distrain_jax.train import optimizers
 
 STEPS = 10
@@ -51,20 +53,67 @@ def test_a_short_run_may_be_all_warm_up(warmup, config):
   np.testing.assert_allclose(rate(5), 5 / warmup * 1e-3, rtol=1e-5)
 
 
-def test_only_what_has_two_axes_or_more_decays():
-  shapes = {
-    "scalar": (),
-    "bias": (3,),
-    "matrix": (3, 2),
-    "kernel": (3, 3, 1, 2),
-  }
-  mask = optimizers.decay_mask({k: jnp.zeros(s) for k, s in shapes.items()})
-  assert mask == {
-    "scalar": False,
-    "bias": False,
-    "matrix": True,
-    "kernel": True,
-  }
+SMALL = {"embed": 8, "heads": 4, "mlp": 12}
+MODELS = {
+  "llama": SMALL | {"layers": 2, "kv_heads": 2},
+  "llama, not scanned": SMALL | {"layers": 2, "kv_heads": 2, "scan": False},
+  "gpt_neo": SMALL | {"layers": 4, "window": 3},
+}
+# Ends of the paths of what is a matrix, whether or not layers are stacked.
+MATRICES = ("key", "query", "value", "out", "down", "gate", "up", "embedding")
+MATRICES += ("output", "position")
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def named(request):
+  """(parameters, their logical names) of a small model."""
+  model = models.create(request.param.split(",")[0], **MODELS[request.param])
+  tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+  params = models.init(model, jax.random.key(0), tokens).params
+  return params, models.logical_names(model, tokens)
+
+
+def is_matrix(path) -> bool:
+  return path[-1].key in MATRICES
+
+
+def test_norms_and_biases_of_stacked_layers_do_not_decay(named):
+  params, names = named
+  mask = optimizers.decay_mask(names)
+  assert jax.tree.structure(mask) == jax.tree.structure(params)
+  leaves = jax.tree_util.tree_leaves_with_path(mask)
+  assert {decays for _, decays in leaves} == {True, False}
+  for path, decays in leaves:
+    assert decays == is_matrix(path), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "acco"])
+def test_only_matrices_decay_also_where_the_optimizer_sees_pieces(
+  name, named, config
+):
+  params, names = named
+  params = jax.tree.map(jnp.ones_like, params)
+  c = config(learning_rate=0.5, schedule="constant", weight_decay=0.25)
+  loss_fn = lambda params, batch, key: (0.0 * jnp.sum(batch), {})
+  tx = optimizers.build(c, STEPS, names)
+  run = dj.simulate(methods.FACTORIES[name](loss_fn, tx), workers=2)
+  key = jax.random.key(0)
+  state, _ = run.step(run.init(key, params), jnp.zeros((4, 1)), key)
+  for path, x in jax.tree_util.tree_leaves_with_path(run.params(state)):
+    want = 1 - 0.5 * 0.25 if is_matrix(path) else 1.0
+    np.testing.assert_array_equal(x, np.full(x.shape, want, np.float32))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_without_names_axes_are_counted(name, config):
+  c = config(name=name, learning_rate=0.1, weight_decay=0.5)
+  shapes = {"scalar": (), "bias": (3,), "matrix": (3, 2), "kernel": (3, 1, 2)}
+  ones = {k: jnp.ones(s) for k, s in shapes.items()}
+  tx = optimizers.build(c, STEPS)
+  zeros = jax.tree.map(jnp.zeros_like, ones)
+  updates, _ = tx.update(zeros, tx.init(ones), ones)
+  moved = {k for k, x in updates.items() if (x != 0).any()}
+  assert moved == {"matrix", "kernel"}
 
 
 def sgd(c, p, g, m, t):

@@ -1,9 +1,13 @@
 """Every bad field is refused by name, before anything compiles."""
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from ml_collections import ConfigDict
 
-from distrain_jax import train
+import distrain_jax as dj
+from distrain_jax import methods, train
 from distrain_jax.train import validate
 
 MESH = {"data": 8}
@@ -61,6 +65,49 @@ def test_accumulation_counts_and_a_batch_too_small_is_told_the_smallest(tiny):
   validate.validate(tiny(**{"method.accumulate": 3}), MESH, "data")
 
 
+def test_a_step_of_two_halves_needs_twice_the_micro_batches(tiny):
+  c = tiny(**{"batch_size": 72, "method.name": "acco", "method.accumulate": 3})
+  with pytest.raises(ValueError) as e:
+    validate.validate(c, MESH, "data")
+  assert str(e.value) == (
+    "config.batch_size=72 is the global batch and must be a multiple of the 2 "
+    "halves of a step of acco times the 8 workers of config.mesh={'data': 8} "
+    "times config.method.accumulate=3. Nearest: 48 or 96, e.g. "
+    "--config.batch_size=96."
+  )
+  c.batch_size = 96
+  validate.validate(c, MESH, "data")
+
+
+@pytest.mark.parametrize("name", methods.FACTORIES)
+def test_a_batch_that_is_let_through_can_be_cut_and_no_smaller_one(name, tiny):
+  workers, accumulate = 2, 3
+  loss_fn = lambda params, batch, key: (jnp.mean((batch @ params) ** 2), {})
+  method = methods.FACTORIES[name](
+    loss_fn, optax.sgd(0.1), accumulate=accumulate
+  )
+  run = dj.simulate(method, workers=workers)
+  key, params = jax.random.key(0), jax.ShapeDtypeStruct((4,), jnp.float32)
+  state = run.abstract(key, params)
+
+  def step(rows):
+    batch = jax.ShapeDtypeStruct((rows, 4), jnp.float32)
+    return run.step.trace(state, batch, key)
+
+  def checked(rows):
+    changes = {"batch_size": rows, "evaluation.batch_size": workers}
+    options = {"method.name": name, "method.accumulate": accumulate}
+    c = tiny(**changes, **options)
+    validate.validate(c, {"data": workers}, "data")
+
+  least = workers * accumulate * methods.HALVES.get(name, 1)
+  checked(least)
+  step(least)
+  for refuses in (checked, step):
+    with pytest.raises(ValueError, match="accumulate"):
+      refuses(least - workers)
+
+
 def test_only_the_methods_axis_divides_the_batch(tiny):
   mesh = {"data": 4, "tensor": 2}
   validate.validate(tiny(batch_size=100), mesh, "data")
@@ -106,6 +153,38 @@ def test_a_dtype_that_is_not_there_is_refused(option, tiny):
   c = tiny(**{"method.name": "zero1", f"method.{option}": "bfloat17"})
   with pytest.raises(ValueError, match=rf"{option}='bfloat17'\. Did you mean"):
     validate.chosen_method_options(c)
+
+
+def test_the_estimate_may_travel_in_8_bits_and_nothing_else_may(tiny):
+  given = {"method.name": "acco", "method.estimate_dtype": "int8"}
+  options = validate.chosen_method_options(tiny(**given))
+  assert options["estimate_dtype"] == "int8"
+  with pytest.raises(ValueError, match=r"estimate_dtype='int4'\. Did you mean"):
+    given["method.estimate_dtype"] = "int4"
+    validate.chosen_method_options(tiny(**given))
+  with pytest.raises(ValueError, match=r"wire_dtype='int8'\. It is one of bf"):
+    wire = {"method.name": "acco", "method.wire_dtype": "int8"}
+    validate.chosen_method_options(tiny(**wire))
+
+
+@pytest.mark.parametrize(
+  "name, options",
+  [
+    ("acco", {"accumulate": 4, "warmup": 2, "slices": 1}),
+    ("local_sgd", {"sync_every": 4, "opt_state": "averaged"}),
+    (
+      "diloco",
+      {"sync_every": 6, "fragments": 3, "delay": 1, "mix": 0.5}
+      | {"outer_learning_rate": 0.4, "outer_momentum": 0.5},
+    ),
+  ],
+)
+def test_options_of_every_kind_come_from_the_config(name, options, tiny):
+  given = {f"method.{k}": v for k, v in options.items()}
+  c = tiny(**{"method.name": name, "method.clip_norm": None}, **given)
+  chosen = validate.chosen_method_options(c)
+  assert chosen == options
+  methods.FACTORIES[name](lambda *_: None, optax.sgd(0.1), **chosen)
 
 
 def test_chosen_options_are_those_that_are_set(tiny):
