@@ -114,7 +114,8 @@ def _packed(exchange: Exchange, sums: Params) -> Buffers:
 
 def _unpacked(exchange: Exchange, got: Buffers) -> Params:
   layout = exchange.layout
-  return layout.as_pieces(layout.unpack(got, _wire_dtypes(exchange)))
+  rows = layout.unpack(got, _wire_dtypes(exchange))
+  return layout.as_pieces(_wide(x) for x in rows)
 
 
 def _wire_dtypes(exchange: Exchange) -> list[Any]:
@@ -229,13 +230,13 @@ def _put(store: jax.Array, new: jax.Array, i, axis: int) -> jax.Array:
 
 
 def _scatter(exchange: Exchange) -> _Leg:
-  """(N, R, C) in the wire's dtype -> (R, C) in float32 or wider."""
+  """(N, R, C) in the wire's dtype -> (R, C), in that in which it was summed."""
   axis = exchange.axis
   if (exchange.reduction or _best_reduction()) == "all_to_all":
     talk = lambda x: jax.lax.all_to_all(x, axis, 0, 0)
     return _Leg(talk, lambda x: _wide(x).sum(0), 1, 0)
   talk = lambda x: jax.lax.psum_scatter(x, axis, scatter_dimension=0)
-  return _Leg(talk, _wide, 1, 0)
+  return _Leg(talk, lambda x: x, 1, 0)
 
 
 def _gather(axis: str) -> _Leg:

@@ -172,7 +172,7 @@ def collect(table: ModuleType, runs: Mapping[str, list[Lines]]) -> Found:
 
 
 def claim(table: ModuleType, rows: Found) -> str:
-  """What the paper promises of the method, and what was found."""
+  """What the method is to do, and whether it does."""
   row, limit = table.CLAIM
   promised = f"{row} is to be at most {limit} % above {table.against(row)}"
   if row not in rows:
@@ -214,7 +214,7 @@ def markdown(table: ModuleType, found: Found) -> str:
 def draw(
   table: ModuleType, found: Found, runs: Mapping[str, list[Lines]], path: Path
 ) -> None:
-  """Learning above: one curve a row. Below: every seed against the baseline."""
+  """Left: a curve a row. Right: every seed (dots) against the baseline."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -226,6 +226,7 @@ def draw(
     style = ("-", "--", ":")[i // 10 % 3]
     left.plot(x, y, style, color=f"C{i}", label=row, lw=1.3)
   left.set(xlabel="update", title=f"training loss, {table.UNIT}")
+  left.set_ylim(top=settled(runs.values()))
   left.grid(alpha=0.3)
   left.legend(frameon=False, fontsize=8)
   for i, x in enumerate(found["rows"].values()):
@@ -243,6 +244,12 @@ def draw(
   right.invert_yaxis()
   figure.suptitle(f"{found['title']}; seeds: {found['seeds']}")
   figure.savefig(path, dpi=130)
+
+
+def settled(runs) -> float:
+  """A training loss that all are below once the first eighth is over."""
+  losses = [smooth_loss(seeds)[1] for seeds in runs]
+  return max(y[len(y) // 8] for y in losses)
 
 
 def smooth_loss(seeds: list[Lines]) -> tuple[list[int], list[float]]:

@@ -22,6 +22,8 @@ METHODS = {
   "zero1": dj.zero1,
   "fsdp": dj.fsdp,
   "acco": functools.partial(dj.acco, wire_dtype=None, warmup=1),
+  "dpu": functools.partial(dj.dpu, wire_dtype=None, warmup=1),
+  "weight_prediction": functools.partial(dj.weight_prediction, wire_dtype=None),
   "local_sgd": functools.partial(dj.local_sgd, sync_every=2),
   "diloco": functools.partial(dj.diloco, sync_every=2, fragments=2, delay=1),
 }

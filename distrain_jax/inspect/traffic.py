@@ -48,8 +48,8 @@ def bytes_sent(
   Returns:
     {"psum": bytes, ...}; the loop trips of scans are counted. Of a conditional
     that branch counts which the integers of the state, such as its step, lead
-    to. Where that is not known, as in a state of ShapeDtypeStructs, it is the
-    dearest one.
+    to. Where that is not known, as in a state of ShapeDtypeStructs or inside a
+    loop, it is the dearest one.
 
   Raises:
     ValueError: for a simulated run; for a collective in a while loop whose
@@ -132,7 +132,7 @@ def _equation(eqn, given: Known, workers: int) -> tuple[dict, Known]:
   if name == "cond" and given[0] is not None:
     inner, given = [inner[int(given[0])]], given[1:]
     name = "taken"
-  run = [_walk(j, c, _fitting(name, j, eqn, given), workers) for j, c in inner]
+  run = [_walk(j, c, _fitting(name, j, given), workers) for j, c in inner]
   counts = [c for c, _ in run]
   if name == "cond":
     return max(counts, key=lambda c: sum(c.values())), unknown
@@ -151,13 +151,10 @@ def _equation(eqn, given: Known, workers: int) -> tuple[dict, Known]:
   return total, outs if len(outs) == len(unknown) else unknown
 
 
-def _fitting(name: str, jaxpr, eqn, given: Known) -> Known:
-  """What an inner program's arguments are known to be."""
+def _fitting(name: str, jaxpr, given: Known) -> Known:
+  """What an inner program's arguments are known to be; in loops, nothing is."""
   none = [None] * len(jaxpr.invars)
-  if name == "scan":  # what it carries differs by trip
-    count = eqn.params["num_consts"]
-    given = given[:count] + none[count:]
-  if name in ("while", "cond") or len(given) != len(none):
+  if name in ("scan", "while", "cond") or len(given) != len(none):
     return none
   # A worker sees a part of what differs by worker.
   fits = lambda v, x: x is not None and x.shape == v.aval.shape

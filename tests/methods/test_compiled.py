@@ -240,6 +240,8 @@ FORMULAS = [
   ("zero1", {}, 4 + 8 / N),
   ("zero1", {"param_dtype": "bfloat16"}, 2 + (8 + 4) / N),
   ("fsdp", {}, (4 + 8) / N),
+  ("dpu", {"param_dtype": "bfloat16"}, 2 + 2 + (8 + 4) / N),
+  ("weight_prediction", {"wire_dtype": None}, 4 + 4 + (8 + 4) / N),
   ("local_sgd", {}, 4 + 8),
   ("diloco", {}, (4 + 8) + (4 + 4)),
   ("diloco", {"delay": 1, "wire_dtype": "bfloat16"}, (4 + 8) + (4 + 4) + 2),

@@ -51,6 +51,17 @@ METHODS = {
     estimate_dtype="int8",
     warmup=1,
   ),
+  "dpu": lambda loss_fn, tx: dj.dpu(
+    loss_fn,
+    tx,
+    accumulate=2,
+    clip_norm=0.3,
+    param_dtype="bfloat16",
+    warmup=1,
+  ),
+  "weight_prediction": lambda loss_fn, tx: dj.weight_prediction(
+    loss_fn, tx, accumulate=2, clip_norm=0.3, wire_dtype=None
+  ),
   "guarded": lambda loss_fn, tx: dj.guard(dj.zero1(loss_fn, tx), spike=3.0),
   "local_sgd": lambda loss_fn, tx: dj.local_sgd(
     loss_fn,
@@ -73,7 +84,7 @@ METHODS = {
   ),
 }
 # Numbers that travel in bfloat16 are summed in another order or precision.
-ROUNDING = {"zero1_low": 2e-2, "acco_low": 2e-2}
+ROUNDING = {"zero1_low": 2e-2, "acco_low": 2e-2, "dpu": 2e-2}
 OPTIMIZERS = {  # made once: ZeRO-1 judges each object once
   "sgd": optax.sgd(0.05),
   "momentum": optax.sgd(0.05, momentum=0.9, nesterov=True),
@@ -397,10 +408,11 @@ def test_a_model_of_one_scalar_trains(name):
   def loss(scalar, batch, key):
     return jnp.mean((scalar * batch["x"] - 1.0) ** 2), {}
 
-  run = dj.simulate(METHODS[name](loss, optax.adam(0.1)), workers=8)
+  # Late gradients swing about the minimum for long where this rate is high.
+  run = dj.simulate(METHODS[name](loss, optax.adam(0.01)), workers=8)
   state = run.init(KEY(), jnp.ones(()))
   batch = {"x": np.full(32, 2.0, np.float32)}
-  for _ in range(60):
+  for _ in range(120):
     state, _ = run.step(state, batch, KEY())
   model = run.params(state)
   assert model.shape == ()
