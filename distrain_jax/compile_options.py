@@ -6,11 +6,11 @@ what was seen to change a compiled program: 8 devices, jax 0.10.2 and 0.12.0.1,
 programs of four layers; tests/test_compile_options.py sees it again. None was
 timed on hardware.
 
-Chips without an entry have none that helped: TPU7x uses its SparseCores for
-all three collectives by itself; v5e, which has none, makes its all-gathers
-async fusions by itself, and its options for async collective fusion and
-data-parallel all-reduces left these programs as they were. So did the latency
-hiding scheduler on GPUs: it is on.
+What has no entry did not help: TPU7x uses its SparseCores for three kinds of
+collectives by itself; v5e, which has none, makes its all-gathers async fusions
+by itself, and its options for async collective fusion and data-parallel
+all-reduces left these programs as they were. So did the latency hiding
+scheduler on GPUs: it is on.
 """
 
 from collections.abc import Mapping

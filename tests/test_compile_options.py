@@ -21,7 +21,7 @@ TIMES, ROWS, WIDTH, LAYERS = 4, 256, 512, 2
 OPTIONS = {
   name: entry.options for name, entry in compile_options.OPTIONS.items()
 }
-SCATTER, REDUCE, COMBINE = OPTIONS.values()
+SCATTER, REDUCE, EXCHANGE, COMBINE = OPTIONS.values()
 LOOP = " while("  # an inner loop over the layers
 
 
@@ -93,6 +93,10 @@ def reduce(x):
   return jax.lax.psum(x, "data")
 
 
+def exchange(x):
+  return jax.lax.all_to_all(x, "data", 0, 0)
+
+
 def asynchronous(text, beside=""):
   """Kinds of the collectives that are started, and done after `beside`."""
   bodies = dict(
@@ -110,7 +114,7 @@ def asynchronous(text, beside=""):
         r"(?:to_apply|calls)=%([\w.-]+)", bodies[called]
       ):
         inside += bodies[deeper]
-    kind = re.search(r" (all-\w+|reduce-scatter)(-start)?\(", inside)
+    kind = re.search(r" (all-[\w-]+?|reduce-scatter)(-start)?\(", inside)
     worked = not beside
     for later in lines[i + 1 :]:
       if any(f"%{name}," in later or f"%{name})" in later for name in names):
@@ -150,6 +154,14 @@ def test_v5p_starts_its_all_reduces_and_newer_compilers_its_gathers():
   assert asynchronous(text) == expected
 
 
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2"])
+def test_an_all_to_all_runs_beside_compute_with_its_option(name):
+  lowered = overlapped(topologies.mesh(name, {"data": -1}), exchange)
+  assert asynchronous(lowered.compile().as_text()) == []
+  text = lowered.compile(dict(EXCHANGE)).as_text()
+  assert asynchronous(text, LOOP) == ["all-to-all"]
+
+
 def test_tpu7x_needs_no_options():
   mesh = topologies.mesh("tpu7x:2x2x1", {"data": -1})
   text = overlapped(mesh, scatter, gather).compile().as_text()
@@ -183,7 +195,7 @@ def test_every_chips_compiler_takes_its_options(name):
   mesh = topologies.mesh(name, {"data": -1})
   options = compile_options.for_mesh(mesh)
   assert options == compile_options.for_chip(name.partition(":")[0])
-  assert bool(options) == (name != "v5e:2x4")
+  assert options
   x = shaped(mesh, (mesh.size, 1024), "data")
   jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
 

@@ -20,11 +20,13 @@ SHELL = [
 
 
 def test_the_readme_has_the_examples_that_are_tested_here():
-  assert len(PYTHON) == 3
+  assert len(PYTHON) == 4
   assert [c for c in SHELL if "configs/digits.py" in c and "local" not in c]
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=["notebook", "library", "inspect"])
+@pytest.mark.parametrize(
+  "code", PYTHON, ids=["notebook", "library", "acco", "inspect"]
+)
 def test_python_examples_run(code):
   names = {}
   with jax.numpy_rank_promotion("allow"):  # as where a reader pastes it

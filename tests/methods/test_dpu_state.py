@@ -89,10 +89,10 @@ def test_the_state_after_warm_up_is_ddps_on_a_mesh_too(name, mesh):
   assert (np.asarray(adam.count) == 3).all()
   assert float(state.count) == 0.0
   assert not any(np.any(x) for x in jax.tree.leaves(state.grads))
-  state, got = steps(run, state, 1, first=3)  # delayed from here on
+  # Delayed from here on: nothing has arrived, and this gradient waits.
+  state, got = steps(run, state, 1, first=3)
   assert float(got["grad_norm"]) == 0.0
   assert float(state.count) == 2 * N
-  # Its own copy: on a mesh what has been pending is not what has arrived.
   halves.near(state.point, plain.params, 2e-6)
   plain, _ = steps(ddp, plain, 1, first=3)
   halves.near(run.params(state), plain.params, 2e-6)
