@@ -228,7 +228,7 @@ def draw(
   left.set(xlabel="update", title=f"training loss, {table.UNIT}")
   left.set_ylim(top=settled(runs.values()))
   left.grid(alpha=0.3)
-  left.legend(frameon=False, fontsize=8)
+  left.legend(frameon=False, fontsize=7, labelspacing=0.2)
   for i, x in enumerate(found["rows"].values()):
     above = x["percent_above"]
     mean = statistics.fmean(above)

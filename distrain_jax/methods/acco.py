@@ -215,17 +215,21 @@ def acco(
       c, first = one_half(c, 0)
       c, second = one_half(c, 1)
       sums = jax.tree.map(jnp.add, first, second)
-    stats = variables.after_step(loss_fn, c.model_state, axis)
-    c = c._replace(model_state=stats)
-    new, norm = ACCOState(state.step + 1, *c[:-1]), c.norm
-    if warmup:
-      # Nothing was pending before it: both halves were taken at theta.
-      keep = lambda new: (new, norm)
-      new, norm = jax.lax.cond(state.step < warmup, commit_now, keep, new)
-    metrics = rounds.means(plan, sums, todo)
-    return new, {**metrics, "grad_norm": norm}
+    new = ACCOState(state.step + 1, *c[:-1])
 
-  def commit_now(state: ACCOState):
+    def tell(new: ACCOState, norm: jax.Array):
+      """What else the workers say; with what `commit_now` says, in one branch."""
+      stats = variables.after_step(loss_fn, new.model_state, axis)
+      metrics = rounds.means(plan, sums, todo)
+      return new._replace(model_state=stats), {**metrics, "grad_norm": norm}
+
+    if not warmup:
+      return tell(new, c.norm)
+    # Nothing was pending before it, so both halves were taken at theta.
+    at_once = lambda new, norm: tell(*commit_now(new))
+    return jax.lax.cond(state.step < warmup, at_once, tell, new, c.norm)
+
+  def commit_now(state: ACCOState) -> tuple[ACCOState, jax.Array]:
     """The pending update with nothing beside it, and its gradient's norm."""
     pending = Sums(state.grads, state.count)
     reduced = Sums(state.reduced, state.reduced_count)
