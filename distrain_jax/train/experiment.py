@@ -96,7 +96,8 @@ def program(
   mesh = _checked_mesh(c, devices)
   axis = _axis(c.method.name)
   model, task = _model_and_task(c, info, axis)
-  method = _method(c, task, validate.chosen_method_options(c))
+  names = models.logical_names(model, next(iter(example(info).values())))
+  method = _method(c, task, names, validate.chosen_method_options(c))
   shardings = _shardings(c, model, task, info, mesh)
   run = runners.distribute(method, mesh)
 
@@ -190,11 +191,11 @@ def _model_and_task(c, info: data.Info, axis: str):
   return model, models.task(model, kind, example(info), **loss)
 
 
-def _method(c, task: models.Task, options: Mapping[str, Any]) -> Method:
+def _method(c, task, names, options: Mapping[str, Any]) -> Method:
   loss_fn = task.loss_fn
   if task.stateful:
     loss_fn = stateful(loss_fn, stats=c.stats)
-  tx = optimizers.build(c.optimizer, c.steps)
+  tx = optimizers.build(c.optimizer, c.steps, names)
   method = methods.FACTORIES[c.method.name](loss_fn, tx, **options)
   # Guarded always: a run that a bad step stopped can then go on from its last
   # checkpoint with another action, because the state has the same structure.
