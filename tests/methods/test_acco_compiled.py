@@ -119,3 +119,38 @@ def test_a_gpu_s_temporaries_are_zero1_s_and_one_gradient_and_a_slice():
   gradient = 2 * size(PARAMS)
   limit = zero1.memory.temporaries + gradient + gradient / (K // 2)
   assert acco.memory.temporaries <= limit
+
+
+LENGTH, MICRO = 1024, 3
+
+
+@functools.cache
+def gpt_neo(name, topology):
+  model = dj.models.create(
+    "gpt_neo",
+    preset="125M",
+    positions=LENGTH,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    remat="full",
+  )
+  row = shape(1, LENGTH, dtype=jnp.int32)
+  example = {"tokens": row, "targets": row}
+  task = dj.models.task(model, "language_model", example)
+  rows = shape(N * 2 * K * MICRO, LENGTH, dtype=jnp.int32)
+  batch = {"tokens": rows, "targets": rows}
+  params = jax.eval_shape(task.init, KEY).params
+  method = make(name, task.loss_fn, K)
+  return params, compile_step(method, topology, params, batch)
+
+
+@pytest.mark.full
+@by_topology
+def test_gpt_neo_125m_hides_what_zero1_leaves_bare(topology):
+  params, acco = gpt_neo("acco", topology)
+  assert_hidden(acco, 0.9)
+  sent = sum(c.collective.wire_bytes * c.runs for c in parameters_sent(acco))
+  once = 2 * size(params) * (N - 1) / N
+  assert sent == pytest.approx(4 * once, rel=0.01)
+  _, zero1 = gpt_neo("zero1", topology)
+  assert zero1.exposed_seconds > 0.3 * zero1.communication_seconds
