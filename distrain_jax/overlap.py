@@ -142,7 +142,10 @@ def _with_slices(leg: _Leg, slices: int, work, carry, first, send, over):
 
   def message(i):
     parts = {k: _take(x, i, slices, leg.rows_in) for k, x in cut.items()}
-    return {d: leg.talk(x) for d, x in _joined(parts).items()}
+    return _joined(parts)
+
+  def talk(messages):
+    return {d: leg.talk(x) for d, x in messages.items()}
 
   def put(stores, news, i):
     landed = {d: leg.land(x) for d, x in news.items()}
@@ -152,7 +155,9 @@ def _with_slices(leg: _Leg, slices: int, work, carry, first, send, over):
   def body(c, i):
     carry, stores, before = c
     stores = put(stores, before, jnp.maximum(i - 1, 0))
-    return (work(carry, first + i), stores, message(i)), None
+    # Not before the last slice is stored: this one can then take its memory.
+    stores, sent = jax.lax.optimization_barrier((stores, message(i)))
+    return (work(carry, first + i), stores, talk(sent)), None
 
   # Zeros are for the types' sake; those that matter are written over.
   after = next(iter(send.values())).ravel()[0] if send else None
@@ -161,7 +166,7 @@ def _with_slices(leg: _Leg, slices: int, work, carry, first, send, over):
   for k, x in stores.items():
     if k in over and (over[k].shape, over[k].dtype) == (x.shape, x.dtype):
       stores[k] = over[k]
-  before = late(lambda: message(0))
+  before = late(lambda: talk(message(0)))
   (carry, stores, last), _ = jax.lax.scan(
     body, (carry, stores, before), jnp.arange(slices)
   )

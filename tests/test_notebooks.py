@@ -1,0 +1,86 @@
+"""Every notebook is its text script, and runs from top to bottom."""
+
+import re
+from pathlib import Path
+
+import jupytext
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def test_scripts_and_notebooks_come_in_pairs():
+  assert NOTEBOOKS
+  assert [p.stem for p in NOTEBOOKS] == [p.stem for p in SCRIPTS]
+
+
+@each_notebook
+def test_a_notebook_is_what_jupytext_makes_of_its_script(path):
+  kept = nbformat.read(path, as_version=4)
+  nbformat.validate(kept)
+  made = jupytext.read(path.with_suffix(".py"), fmt="py:percent")
+  # Cells' ids are drawn anew whenever a notebook is made.
+  cells = lambda notebook: [(c.cell_type, c.source) for c in notebook.cells]
+  name = path.relative_to(ROOT)
+  again = f"jupytext --update --to ipynb {name.with_suffix('.py')}"
+  assert cells(kept) == cells(made), f"make it again: {again}"
+  for cell in kept.cells:
+    assert not cell.get("outputs") and not cell.get("execution_count"), (
+      f"{name} was saved with outputs; delete it and {again}"
+    )
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+  """outputs(name) -> (what a notebook prints, its number of pictures)."""
+  found = {}
+
+  def run(name):
+    if name not in found:
+      home = tmp_path_factory.mktemp(name)
+      found[name] = executed(ROOT / "notebooks" / f"{name}.ipynb", home)
+    return found[name]
+
+  return run
+
+
+def executed(path, home):
+  """Raises the first error of a cell, with its traceback."""
+  notebook = nbformat.read(path, as_version=4)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    patch.setenv("IPYTHONDIR", str(home))
+    patch.setenv("JUPYTER_RUNTIME_DIR", str(home))
+    nbclient.NotebookClient(
+      notebook,
+      kernel_name="python3",  # of this environment
+      timeout=300,
+      resources={"metadata": {"path": str(home)}},
+    ).execute()
+  each = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+  text = "".join(o.text for o in each if o.get("name") == "stdout")
+  return text, sum("image/png" in o.get("data", {}) for o in each)
+
+
+@each_notebook
+def test_a_notebook_runs_from_top_to_bottom(path, outputs):
+  text, pictures = outputs(path.stem)
+  assert text and pictures
+
+
+def test_acco_shows_what_its_text_says(outputs):
+  text, _ = outputs("acco")
+  number = lambda pattern: float(re.search(pattern, text)[1])
+  # Equal halves: DDP to rounding, which DPU is not.
+  assert number(r"\nacco +(\S+e-\d+)\n") < 1e-5
+  assert number(r"\ndpu +(\S+e-\d+)\n") > 1e-2
+  assert number(r"noise makes +(\S+)") == 0
+  assert number(r"Tm / Tc = 0.5000: acco is (\S+) times") == 1.5
+  assert number(r"\nacco .*of which exposed (\S+) ms") == 0
+  assert number(r"\nzero1 .*of which exposed (\S+) ms") > 0.1
+  assert "8 device(s)" in text
