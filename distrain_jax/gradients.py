@@ -209,5 +209,9 @@ def check_dtype(name: str, field: str, dtype: DTypeLike | None) -> None:
     )
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def cast(tree: Params, dtype: DTypeLike) -> Params:
   return jax.tree.map(lambda x: x.astype(dtype), tree)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from distrain_jax.gradients import at_least_float32
 from distrain_jax.method import Params
 
 ALONE = 1 << 20  # elements from which a leaf has a buffer of its own
@@ -127,7 +128,7 @@ class Layout(NamedTuple):
       for k, x in self.pack(rows).items()
     }
     mine = self.unpack(sums, [x.dtype for x in rows])
-    return self.as_pieces(_at_least_float32(x) / self.workers for x in mine)
+    return self.as_pieces(at_least_float32(x) / self.workers for x in mine)
 
   def all_gather(self, pieces: Params, axis: str) -> Params:
     """The whole tree from every worker's pieces, in each leaf's own dtype."""
@@ -155,10 +156,6 @@ class Layout(NamedTuple):
       x.ravel()[: math.prod(leaf.shape)].reshape(leaf.shape)
       for x, leaf in zip(rows, self.leaves)
     )
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _lanes(x: jax.Array, parts: int, lanes: int | None) -> jax.Array:

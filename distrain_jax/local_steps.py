@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from distrain_jax import gradients, spmd, variables
+from distrain_jax.gradients import at_least_float32
 from distrain_jax.method import LossFn, Metrics, Params, StatefulLoss
 
 
@@ -113,10 +114,6 @@ def restack(stacked: Any, workers: int) -> Any:
     return jnp.broadcast_to(first, (workers, *first.shape))
 
   return jax.tree.map(one, stacked)
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _is_floating(x) -> bool:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax import compile_options, gradients
+from distrain_jax.gradients import at_least_float32
 from distrain_jax.layout import LANES, TILES, Layout
 from distrain_jax.method import Params
 
@@ -115,7 +116,7 @@ def _packed(exchange: Exchange, sums: Params) -> Buffers:
 def _unpacked(exchange: Exchange, got: Buffers) -> Params:
   layout = exchange.layout
   rows = layout.unpack(got, _wire_dtypes(exchange))
-  return layout.as_pieces(_wide(x) for x in rows)
+  return layout.as_pieces(at_least_float32(x) for x in rows)
 
 
 def _wire_dtypes(exchange: Exchange) -> list[Any]:
@@ -239,7 +240,7 @@ def _scatter(exchange: Exchange) -> _Leg:
   axis = exchange.axis
   if (exchange.reduction or _best_reduction()) == "all_to_all":
     talk = lambda x: jax.lax.all_to_all(x, axis, 0, 0)
-    return _Leg(talk, lambda x: _wide(x).sum(0), 1, 0)
+    return _Leg(talk, lambda x: at_least_float32(x).sum(0), 1, 0)
   talk = lambda x: jax.lax.psum_scatter(x, axis, scatter_dimension=0)
   return _Leg(talk, lambda x: x, 1, 0)
 
@@ -247,10 +248,6 @@ def _scatter(exchange: Exchange) -> _Leg:
 def _gather(axis: str) -> _Leg:
   """(R, C) -> (N, R, C)."""
   return _Leg(lambda x: jax.lax.all_gather(x, axis), lambda x: x, 0, 1)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _best_reduction() -> str:

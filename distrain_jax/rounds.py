@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from distrain_jax import gradients, layout, overlap
+from distrain_jax import gradients, layout, overlap, variables
 from distrain_jax.gradients import Gradient
 from distrain_jax.method import Batch, Metrics, Params, StatefulLoss
 from distrain_jax.sharded_update import Shard, Sums
@@ -225,6 +225,38 @@ def commit_now(
   sums = pending._replace(grads=overlap.scatter_sums(talk, pending.grads))
   shard, norm = advance(shard, sums, *others)
   return overlap.gather_pieces(talk, shard.masters), shard, norm
+
+
+def conclude(
+  plan: Plan, loss_fn, new, norm, sums: Gradient, todo: Share, warmup, commit
+) -> tuple[Any, Metrics]:
+  """The end of a step: what else the workers say, and what warm-up changes.
+
+  Args:
+    plan: the method's options.
+    loss_fn: the method's.
+    new: the state after the step, with fields `step` and `model_state`.
+    norm: of the gradient that was committed.
+    sums: of all of the step's micro-batches.
+    todo: this worker's micro-batches.
+    warmup: how many steps commit at once, at the start.
+    commit: `(state) -> (state, norm)`, the pending update.
+
+  Returns:
+    `(state, metrics)`.
+  """
+
+  def tell(new, norm):
+    stats = variables.after_step(loss_fn, new.model_state, plan.axis)
+    metrics = means(plan, sums, todo)
+    return new._replace(model_state=stats), {**metrics, "grad_norm": norm}
+
+  if not warmup:
+    return tell(new, norm)
+  # Nothing was pending before it, so all of it was taken at theta. What is said
+  # besides goes from the same branch: see `local_steps`.
+  at_once = lambda new, norm: tell(*commit(new))
+  return jax.lax.cond(new.step <= warmup, at_once, tell, new, norm)
 
 
 def means(plan: Plan, sums: Gradient, todo: Share) -> Metrics:

@@ -135,7 +135,8 @@ def acco(
 
   def advance(shard: Shard, *sums: Sums):
     grads = jax.tree.map(
-      lambda *x: sum(map(_wide, x)), *(x.grads for x in sums)
+      lambda *x: sum(map(gradients.at_least_float32, x)),
+      *(x.grads for x in sums),
     )
     total = Sums(grads, sum(x.count for x in sums))
     return sharded_update.advance(tx, shard, total, axis, clip_norm)
@@ -216,18 +217,9 @@ def acco(
       c, second = one_half(c, 1)
       sums = jax.tree.map(jnp.add, first, second)
     new = ACCOState(state.step + 1, *c[:-1])
-
-    def tell(new: ACCOState, norm: jax.Array):
-      """What else the workers say; with what `commit_now` says, in one branch."""
-      stats = variables.after_step(loss_fn, new.model_state, axis)
-      metrics = rounds.means(plan, sums, todo)
-      return new._replace(model_state=stats), {**metrics, "grad_norm": norm}
-
-    if not warmup:
-      return tell(new, c.norm)
-    # Nothing was pending before it, so both halves were taken at theta.
-    at_once = lambda new, norm: tell(*commit_now(new))
-    return jax.lax.cond(state.step < warmup, at_once, tell, new, c.norm)
+    return rounds.conclude(
+      plan, loss_fn, new, c.norm, sums, todo, warmup, commit_now
+    )
 
   def commit_now(state: ACCOState) -> tuple[ACCOState, jax.Array]:
     """The pending update with nothing beside it, and its gradient's norm."""
@@ -273,10 +265,6 @@ def acco(
     reduced_count=P(),
   )
   return Method("acco", axis, init, step, params, specs, reshard)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.float32)
 
 
 def _choose(first, a: Any, b: Any) -> Any:

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from distrain_jax import fragments as pieces
 from distrain_jax import gradients, local_steps, variables
-from distrain_jax.local_steps import at_least_float32
+from distrain_jax.gradients import at_least_float32
 from distrain_jax.method import LossFn, Method, Params, StatefulLoss
 
 

@@ -213,18 +213,7 @@ def _delayed(
       grads=rounds.waiting(plan, sums.grads),
       count=todo.totals[0],
     )
-
-    def tell(new: DPUState, norm: jax.Array):
-      """What else the workers say; with what `commit` says, in one branch."""
-      stats = variables.after_step(loss_fn, new.model_state, axis)
-      metrics = rounds.means(plan, sums, todo)
-      return new._replace(model_state=stats), {**metrics, "grad_norm": norm}
-
-    if not warmup:
-      return tell(new, norm)
-    # Nothing was pending before it, so all of it was taken at theta.
-    at_once = lambda new, norm: tell(*commit(new))
-    return jax.lax.cond(state.step < warmup, at_once, tell, new, norm)
+    return rounds.conclude(plan, loss_fn, new, norm, sums, todo, warmup, commit)
 
   def commit(state: DPUState) -> tuple[DPUState, jax.Array]:
     """The pending update with nothing beside it, and its gradient's norm."""
