@@ -19,7 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax.models import options
-from distrain_jax.models.layers import along_channels, parameter
+from distrain_jax.models.layers import (
+  along_channels,
+  computing,
+  parameter,
+  stacked,
+)
 from distrain_jax.models.llama import ATTENTION
 from distrain_jax.models.options import DTYPES
 
@@ -112,11 +117,6 @@ def _bias(module, name, axis, size):
   return parameter(module, name, zeros, (size,), (axis,), dtype)
 
 
-def _computing(module, *arrays):
-  """The arrays in the dtype of the computation."""
-  return tuple(a.astype(DTYPES[module.config.dtype]) for a in arrays)
-
-
 def _norm(config, name):
   """LayerNorm over `embed`, computed in float32."""
   boxed = lambda init: nn.with_logical_partitioning(init, ("embed",))
@@ -151,7 +151,7 @@ class Attention(nn.Module):
     ]
     out = _weight(self, "out", (*names[1:], "embed"), k, d, e)
     bias = _bias(self, "out_bias", "embed", e)
-    *weights, out, bias = _computing(self, *weights, out, bias)
+    *weights, out, bias = computing(self.config, *weights, out, bias)
     mixed = jax.nn.dot_product_attention(
       *(jnp.einsum("bte,ekd->btkd", x, w) for w in weights),
       scale=1.0,  # the published models are trained without 1 / sqrt(d)
@@ -177,7 +177,7 @@ class FeedForward(nn.Module):
       _weight(self, "down", ("mlp", "embed"), c.mlp, c.embed),
       _bias(self, "down_bias", "embed", c.embed),
     )
-    up, up_bias, down, down_bias = _computing(self, *arrays)
+    up, up_bias, down, down_bias = computing(self.config, *arrays)
     hidden = x @ up
     hidden = nn.gelu(hidden + along_channels(up_bias, hidden), approximate=True)
     y = hidden @ down
@@ -250,9 +250,11 @@ class GPTNeo(nn.Module):
       )
     # Rows are taken before they are cast: their gradients then add up in the
     # parameters' dtype.
-    (x,) = _computing(self, jnp.take(table, tokens, axis=0) + places[None, :t])
+    (x,) = computing(
+      self.config, jnp.take(table, tokens, axis=0) + places[None, :t]
+    )
     x = _norm(c, "final_norm")(self._blocks(x, train))
-    (head,) = _computing(self, table.T)
+    (head,) = computing(self.config, table.T)
     # Products in `dtype`, their sums in float32: the loss takes exponentials.
     return jnp.matmul(x, head, preferred_element_type=jnp.float32)
 
@@ -263,17 +265,7 @@ class GPTNeo(nn.Module):
         window = c.window if k % 2 else None
         x = _block(c)(c, window, train, name=f"block_{k}")(x)
       return x
-    pairs = c.layers // 2
-    if not self.is_initializing():
-      stacked = self.variables.get("params", {}).get("blocks", {})
-      pairs = next((a.shape[0] for a in jax.tree.leaves(stacked)), pairs)
-    stack = nn.scan(
-      Pair,
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      length=pairs,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+    stack = stacked(self, Pair, c.layers // 2)
     return stack(c, train, name="blocks")(x, None)[0]
 
 

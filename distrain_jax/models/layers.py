@@ -46,6 +46,31 @@ def parameter(
   return module.param(name, init_fn, shape, DTYPES[dtype])
 
 
+def computing(config, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The arrays in the dtype of the computation, `config.dtype`."""
+  return tuple(a.astype(DTYPES[config.dtype]) for a in arrays)
+
+
+def stacked(module: nn.Module, block, length: int):
+  """`block` scanned over parameters stacked along a leading axis `layers`.
+
+  Args:
+    module: that calls it; its given parameters `blocks` decide the depth.
+    block: a module of which a call is (x, None) -> (x, None).
+    length: the depth at initialisation.
+  """
+  if not module.is_initializing():
+    given = module.variables.get("params", {}).get("blocks", {})
+    length = next((a.shape[0] for a in jax.tree.leaves(given)), length)
+  return nn.scan(
+    block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True, "dropout": True},
+    length=length,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+
+
 class Dense(nn.Module):
   """x (..., i) -> x @ kernel + bias (..., o), in `dtype`."""
 

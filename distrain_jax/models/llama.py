@@ -17,9 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax.models import options
-from distrain_jax.models.layers import parameter, to_float32
+from distrain_jax.models.layers import (
+  computing,
+  parameter,
+  stacked,
+  to_float32,
+)
 from distrain_jax.models.norms import RMSNorm
-from distrain_jax.models.options import DTYPES
 
 # cudnn: the fused kernel of NVIDIA GPUs, for float16 and bfloat16.
 ATTENTION = {"cudnn": "cudnn", "xla": "xla"}
@@ -132,11 +136,6 @@ def _weight(module, name, std, names, *shape):
   return parameter(module, name, normal, shape, names, dtype)
 
 
-def _computing(module, *arrays):
-  """The arrays in the dtype of the computation."""
-  return tuple(a.astype(DTYPES[module.config.dtype]) for a in arrays)
-
-
 class Attention(nn.Module):
   """Causal grouped-query attention, x (b, t, e) -> (b, t, e).
 
@@ -158,7 +157,9 @@ class Attention(nn.Module):
     values = weight("value", c.init_std, names, e, k, d)
     names = ("heads", "queries", "head_dim", "embed")
     out = weight("out", c.branch_std, names, k, q, d, e)
-    queries, keys, values, out = _computing(self, queries, keys, values, out)
+    queries, keys, values, out = computing(
+      self.config, queries, keys, values, out
+    )
 
     queries = jnp.einsum("bte,ekqd->btkqd", x, queries)
     grouped = queries.shape
@@ -185,7 +186,7 @@ class FeedForward(nn.Module):
     gate = weight("gate", c.init_std, ("embed", "mlp"), c.embed, c.mlp)
     up = weight("up", c.init_std, ("embed", "mlp"), c.embed, c.mlp)
     down = weight("down", c.branch_std, ("mlp", "embed"), c.mlp, c.embed)
-    gate, up, down = _computing(self, gate, up, down)
+    gate, up, down = computing(self.config, gate, up, down)
     return (nn.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -224,35 +225,26 @@ class Llama(nn.Module):
     table = _weight(self, "embedding", c.init_std, names, *sizes)
     # Rows are taken before they are cast: their gradients then add up in the
     # parameters' dtype.
-    (x,) = _computing(self, jnp.take(table, tokens, axis=0))  # (b, t, e)
+    (x,) = computing(self.config, jnp.take(table, tokens, axis=0))  # (b, t, e)
     x = self._blocks(x, train)
     x = RMSNorm("embed", c.norm_eps, c.param_dtype, name="final_norm")(x)
     if c.tied:
       head = table.T
     else:
       head = _weight(self, "output", c.init_std, names[::-1], *sizes[::-1])
-    (head,) = _computing(self, head)
+    (head,) = computing(self.config, head)
     # Products in `dtype`, their sums in float32: the loss takes exponentials.
     return jnp.matmul(x, head, preferred_element_type=jnp.float32)
 
   def _blocks(self, x: jax.Array, train: bool) -> jax.Array:
-    c, block, layers = self.config, Block, self.config.layers
+    c, block = self.config, Block
     if c.remat != "none":
       policy = options.remat_policy(c.remat)
       # A scan's body cannot be merged with its own recomputation.
       block = nn.remat(Block, policy=policy, prevent_cse=not c.scan)
     if not c.scan:
-      for k in range(layers):
+      for k in range(c.layers):
         x, _ = block(c, train, name=f"block_{k}")(x)
       return x
-    if not self.is_initializing():
-      stacked = self.variables.get("params", {}).get("blocks", {})
-      layers = next((a.shape[0] for a in jax.tree.leaves(stacked)), layers)
-    stack = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      length=layers,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+    stack = stacked(self, block, c.layers)
     return stack(c, train, name="blocks")(x, None)[0]
