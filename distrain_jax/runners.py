@@ -29,7 +29,8 @@ class Run(NamedTuple):
   init: Callable[..., Any]
   # (state, batch, key) -> (state, metrics). Batch leaves: (global_batch, ...).
   step: Callable[..., Any]
-  # (state) -> params, one copy, equal everywhere.
+  # (state) -> params, one copy, equal on all workers; sharded over the other
+  # axes of a mesh as those that init was given.
   params: Callable[[Any], Any]
   # As init: the state's ShapeDtypeStructs with shardings; nothing is computed.
   abstract: Callable[..., Any]
@@ -136,6 +137,12 @@ def _run(method, workers, mesh, runner, donate, options=None) -> Run:
   def step(state, batch, key):
     return one_step(state, spmd.split_rows(batch, workers), key)
 
+  read = runner(method.params, (method.specs,), same)
+
+  def model_places(state):
+    model = jax.eval_shape(read, state)
+    return shardings.of_model(model, state, method.specs, mesh, method.axis)
+
   local = workers if mesh is None else spmd.local_workers(mesh, method.axis)
 
   def put(batch):
@@ -152,7 +159,7 @@ def _run(method, workers, mesh, runner, donate, options=None) -> Run:
     mesh=mesh,
     init=init,
     step=_Step(step, mesh, method.axis, donate, options),
-    params=_Program(runner(method.params, (method.specs,), same)),
+    params=_Program(read, mesh, method.axis, model_places),
     abstract=abstract,
     put=put,
     adopt=lambda state: _adopt(method, workers, mesh, state),
@@ -160,37 +167,67 @@ def _run(method, workers, mesh, runner, donate, options=None) -> Run:
 
 
 class _Program:
-  """A jitted function that runs whichever mesh the caller has set."""
+  """A function of a state, compiled for where that lies; see `spmd` for why.
 
-  def __init__(self, fn):
-    self._jitted = jax.jit(fn)
+  It runs whichever mesh the caller has set. `pins`: (state) -> out_shardings.
+  """
 
-  def __call__(self, *args):
+  def __init__(self, fn, mesh, axis, pins, **options):
+    self._fn, self._pins, self._options = fn, pins, options
+    if mesh is None or 1 < mesh.shape[axis] == mesh.size:
+      # Other axes are XLA's to choose, and it forgets an axis of one worker:
+      # there are neither.
+      self._pins = None
+    self._jitted = {}  # what pins may depend on -> jitted function
+
+  def __call__(self, state, *args):
     with spmd.no_current_mesh():
-      return self._jitted(*args)
+      return self._for(state)(state, *args)
 
-  def lower(self, *args):
+  def lower(self, state, *args):
     with spmd.no_current_mesh():
-      return self._jitted.lower(*args)
+      return self._for(state).lower(state, *args)
+
+  def trace(self, state, *args):
+    with spmd.no_current_mesh():
+      return self._for(state).trace(state, *args)
+
+  def compilations(self) -> int:
+    """How many programs have been compiled by calls so far."""
+    return sum(jitted._cache_size() for jitted in self._jitted.values())
+
+  def _for(self, state):
+    kind = None
+    if self._pins is not None:
+      leaves, treedef = jax.tree.flatten(state)
+      kind = (treedef, *((jnp.shape(x), _sharding(x)) for x in leaves))
+    if kind not in self._jitted:
+      out = None if self._pins is None else self._pins(state)
+      self._jitted[kind] = jax.jit(self._fn, out_shardings=out, **self._options)
+    return self._jitted[kind]
 
 
 class _Step:
-  """`run.step`: donates and pins the state; see `spmd` for why."""
+  """`run.step`: donates and pins the state, and waits where it has to."""
 
   def __init__(self, fn, mesh, axis, donate, options):
-    self._fn, self._mesh, self._axis = fn, mesh, axis
+    self._mesh, self._axis = mesh, axis
     # What the caller asked for, so that the step can be made elsewhere too.
     self.donate, self.compiler_options = donate, dict(options or {})
     table = options_by_chip.for_mesh(mesh)
-    self._options = {**table, **self.compiler_options} or None
-    self._donate = (0,) if donate else ()
+    self._program = _Program(
+      fn,
+      mesh,
+      axis,
+      lambda state: (jax.tree.map(_sharding, state), None),
+      donate_argnums=(0,) if donate else (),
+      compiler_options={**table, **self.compiler_options} or None,
+    )
+    self.lower, self.trace = self._program.lower, self._program.trace
+    self.compilations = self._program.compilations
     self._many = mesh is not None and spmd.spans_processes(mesh)
-    # Other axes are XLA's to choose, and it forgets an axis of one worker.
-    workers = 1 if mesh is None else mesh.shape[axis]
-    self._pin = mesh is not None and (workers == 1 or mesh.size > workers)
     cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
     self._one_in_flight = cpu and mesh.size > 1
-    self._jitted = {}  # shardings of the state -> jitted function
     self._running = None
 
   def __call__(self, state, batch, key):
@@ -199,37 +236,14 @@ class _Step:
       batch = spmd.to_global(batch, self._mesh, P(self._axis))
     if self._one_in_flight:
       jax.block_until_ready(self._running)
-    with spmd.no_current_mesh():
-      state, metrics = self._for(state)(state, batch, key)
+    state, metrics = self._program(state, batch, key)
     self._running = metrics
     return state, metrics
 
-  def lower(self, state, batch, key):
-    with spmd.no_current_mesh():
-      return self._for(state).lower(state, batch, key)
 
-  def trace(self, state, batch, key):
-    with spmd.no_current_mesh():
-      return self._for(state).trace(state, batch, key)
-
-  def compilations(self) -> int:
-    """How many programs have been compiled by calls so far."""
-    return sum(jitted._cache_size() for jitted in self._jitted.values())
-
-  def _for(self, state):
-    leaves, treedef = jax.tree.flatten(state)
-    # None for a restored NumPy array: that leaf's place is XLA's to choose.
-    where = tuple(getattr(x, "sharding", None) for x in leaves)
-    pins = where if self._pin else None
-    if pins not in self._jitted:
-      out = (treedef.unflatten(pins), None) if self._pin else None
-      self._jitted[pins] = jax.jit(
-        self._fn,
-        donate_argnums=self._donate,
-        out_shardings=out,
-        compiler_options=self._options,
-      )
-    return self._jitted[pins]
+def _sharding(x):
+  """None for a restored NumPy array: that leaf's place is XLA's to choose."""
+  return getattr(x, "sharding", None)
 
 
 def _here() -> SingleDeviceSharding:

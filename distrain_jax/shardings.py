@@ -1,5 +1,6 @@
 """Where a state lies on the axes of a mesh that a method leaves automatic."""
 
+import collections
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrain_jax import spmd
+from distrain_jax.method import Variables
 
 
 def like_params(
@@ -31,12 +33,7 @@ def like_params(
   Returns:
     A `NamedSharding` per leaf.
   """
-  known = {}
-  for path, x in jax.tree_util.tree_leaves_with_path(params):
-    sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-      spec = _automatic(sharding.spec, mesh, axis)
-      known[path] = (jnp.shape(x), spec)
+  known = {path: rest for path, *rest in _known(params, mesh, axis)}
   full = spmd.map_specs(
     lambda s, x: jax.tree.map(lambda _: s, x), specs, shapes
   )
@@ -46,8 +43,8 @@ def like_params(
   def one(path, spec, x):
     lead = tuple(spec)
     shape = x.shape[len(lead) :]
-    for start in range(len(path) + 1):
-      whole, rest = known.get(path[start:], (None, ()))
+    for end in _ends(path):
+      whole, rest = known.get(end, (None, ()))
       if whole == shape:
         return NamedSharding(mesh, P(*lead, *rest))
       if lead and whole is not None and _is_piece(shape, whole, workers):
@@ -57,6 +54,63 @@ def like_params(
   return jax.tree_util.tree_map_with_path(
     one, full, shapes, is_leaf=spmd.is_spec
   )
+
+
+def of_model(shapes: Any, state: Any, specs: Any, mesh: Mesh, axis: str) -> Any:
+  """Shardings of the model that is read from a state: `like_params` undone.
+
+  A leaf lies as the first leaf of the state whose path ends in its own and
+  whose shape it has, else as its pieces do: an axis that did not divide them
+  is lost. It is replicated where the state's places are not known.
+
+  Args:
+    shapes: the model.
+    state: arrays, or shapes with shardings.
+    specs: `Method.specs`.
+    mesh: the mesh.
+    axis: that of the workers.
+
+  Returns:
+    A `NamedSharding` per leaf.
+  """
+  held = collections.defaultdict(list)
+  one_worker = without_worker_axes(state, specs)
+  for path, shape, spec in _known(one_worker, mesh, axis):
+    for end in _ends(path):
+      held[end].append((shape, spec))
+  workers = mesh.shape[axis]
+
+  def one(path, x):
+    found = held[path]
+    same = [spec for shape, spec in found if shape == x.shape]
+    cut = [spec for shape, spec in found if _is_piece(shape, x.shape, workers)]
+    return NamedSharding(mesh, P(*next(iter(same + cut), ())))
+
+  leaves, treedef = jax.tree.flatten(shapes)
+  return treedef.unflatten(map(one, _paths(shapes), leaves))
+
+
+def _known(tree: Any, mesh: Mesh, axis: str) -> list[tuple]:
+  """(path, shape, spec over automatic axes) of leaves that lie on a mesh."""
+  return [
+    (path, jnp.shape(x), _automatic(x.sharding.spec, mesh, axis))
+    for path, x in zip(_paths(tree), jax.tree.leaves(tree))
+    if isinstance(getattr(x, "sharding", None), NamedSharding)
+  ]
+
+
+def _paths(tree: Any) -> list[tuple]:
+  """The leaves' paths, those of `Variables.params` from the parameters on."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  if isinstance(tree, Variables):
+    trained = len(jax.tree.leaves(tree.params))
+    return [path[1:] for path in paths[:trained]] + paths[trained:]
+  return paths
+
+
+def _ends(path: tuple) -> list[tuple]:
+  """What a path may end in, the longest first."""
+  return [path[start:] for start in range(len(path) + 1)]
 
 
 def _is_piece(shape, whole, workers: int) -> bool:
