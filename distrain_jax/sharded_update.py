@@ -1,4 +1,4 @@
-"""One worker's share of an update: float32 masters and the optimizer's state.
+"""One worker's share of an update: its masters and the optimizer's state.
 
 Gradients come as sums over micro-batches, with their number beside them, so
 that workers may contribute different numbers: what divides is the total.
@@ -18,7 +18,8 @@ from distrain_jax.method import Params
 class Shard(NamedTuple):
   """Of one worker: pieces (see `layout`) of the masters, and tx's state."""
 
-  masters: Params  # float32
+  # float32; None: what tx updates are pieces of the whole parameters.
+  masters: Params | None
   opt_state: optax.OptState
 
 
@@ -29,17 +30,25 @@ class Sums(NamedTuple):
   count: jax.Array  # (), float32, of all workers
 
 
-def start(name: str, tx, whole: Params, axis: str) -> Shard:
-  """This worker's shard of a whole model.
+def start(
+  name: str, tx, whole: Params, axis: str, masters: bool = True
+) -> Shard:
+  """This worker's shard of a whole model, with masters or without.
 
   Raises:
     ValueError: if tx is not elementwise, on behalf of the method `name`.
   """
   check_elementwise(name, tx, whole)
   me, n = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-  masters = layout.make_layout(whole, n).pieces(whole, me)
-  masters = gradients.cast(masters, jnp.float32)
-  return Shard(masters, tx.init(masters))
+  return _shard(tx, whole, n, me, masters)
+
+
+def _shard(tx, whole, workers: int, worker, masters: bool) -> Shard:
+  pieces = layout.make_layout(whole, workers).pieces(whole, worker)
+  if not masters:
+    return Shard(None, tx.init(pieces))
+  pieces = gradients.cast(pieces, jnp.float32)
+  return Shard(pieces, tx.init(pieces))
 
 
 def advance(
@@ -65,12 +74,8 @@ def advance(
 
 def restack(stacked: Shard, tx, whole: Params, workers: int) -> Shard:
   """All workers' shards, for another number of workers."""
-
-  def one_worker(whole):
-    pieces = layout.make_layout(whole, workers).pieces(whole, 0)
-    pieces = gradients.cast(pieces, jnp.float32)
-    return Shard(pieces, tx.init(pieces))
-
+  masters = stacked.masters is not None
+  one_worker = lambda x: _shard(tx, x, workers, 0, masters)
   target = jax.eval_shape(one_worker, whole)
   return layout.restack(stacked, target, workers)
 

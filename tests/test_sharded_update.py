@@ -92,6 +92,26 @@ def test_masters_are_float32_and_exact_whatever_the_parameters_are():
   jax.tree.map(np.testing.assert_array_equal, whole(masters, params), params)
 
 
+def test_without_masters_the_optimizer_starts_in_the_parameters_dtype():
+  params = make_tree(0, jnp.bfloat16)
+
+  def begun(n):
+    start = lambda w: sharded_update.start("m", TX, params, "i", masters=False)
+    return of_workers(start, n)
+
+  shard = begun(3)
+  assert shard.masters is None
+  assert {x.dtype.name for x in jax.tree.leaves(shard.opt_state[0].mu)} == {
+    "bfloat16"
+  }
+  moved = jax.tree.map(lambda x: x + 1, shard)
+  there = sharded_update.restack(moved, TX, params, 2)
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kinds(there) == kinds(begun(2))
+  mu, moved_mu = there.opt_state[0].mu, moved.opt_state[0].mu
+  near(whole(mu, params), whole(moved_mu, params))
+
+
 def test_an_optimizer_over_norms_is_refused_by_the_methods_name():
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
   start = lambda w: sharded_update.start("m", tx, make_tree(0), "i")

@@ -15,9 +15,9 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from distrain_jax import gradients, layout, spmd, variables
-from distrain_jax.elementwise import check_elementwise
+from distrain_jax import gradients, layout, sharded_update, spmd, variables
 from distrain_jax.method import LossFn, Method, Params, StatefulLoss
+from distrain_jax.sharded_update import Shard
 
 
 class Zero1State(NamedTuple):
@@ -75,15 +75,11 @@ def zero1(
   def init(key, model):
     del key  # nothing random here
     whole, model_state = variables.split(loss_fn, model)
-    check_elementwise("zero1", tx, whole)
-    me, n = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    pieces = layout.make_layout(whole, n).pieces(whole, me)
-    masters = None
-    if param_dtype is not None:
-      masters = pieces = gradients.cast(pieces, jnp.float32)
+    low = param_dtype is not None
+    shard = sharded_update.start("zero1", tx, whole, axis, masters=low)
+    if low:
       whole = gradients.cast(whole, param_dtype)
-    step = jnp.zeros((), jnp.int32)
-    return Zero1State(step, whole, model_state, masters, tx.init(pieces))
+    return Zero1State(jnp.zeros((), jnp.int32), whole, model_state, *shard)
 
   def step(state: Zero1State, batch, key):
     key = spmd.worker_key(key, state.step, axis)
@@ -116,21 +112,10 @@ def zero1(
     return variables.join(loss_fn, state.params, state.model_state, axis)
 
   def reshard(state: Zero1State, workers: int) -> Zero1State:
-    def one_worker(whole):
-      pieces = layout.make_layout(whole, workers).pieces(whole, 0)
-      if state.masters is None:
-        return None, tx.init(pieces)
-      pieces = gradients.cast(pieces, jnp.float32)
-      return pieces, tx.init(pieces)
-
-    target = jax.eval_shape(one_worker, state.params)
-    masters, opt_state = layout.restack(
-      (state.masters, state.opt_state), target, workers
-    )
+    shard = Shard(state.masters, state.opt_state)
+    shard = sharded_update.restack(shard, tx, state.params, workers)
     stats = variables.reshard(loss_fn, state.model_state, workers)
-    return state._replace(
-      masters=masters, opt_state=opt_state, model_state=stats
-    )
+    return Zero1State(state.step, state.params, stats, *shard)
 
   specs = Zero1State(
     step=P(),
