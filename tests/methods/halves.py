@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+
+from distrain_jax import layout
 
 INPUTS, WIDTH, ROWS = 3, 5, 96  # rows of a whole batch
 DECAY = 0.1
@@ -64,6 +67,40 @@ def loss_fn(params, rows, key):
   hidden = jnp.tanh(rows["x"] @ params["w"] + params["b"][None])
   error = params["gain"] * (hidden @ params["v"]) - rows["y"]
   return jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error))}
+
+
+def small_tiles(rows=1, alone=12):
+  """A module's fixture: buffers of a few elements are cut into slices.
+
+  `w` travels alone, if `alone` is no more than its elements.
+  """
+
+  @pytest.fixture(autouse=True, scope="module")
+  def patched():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(layout, "TILES", (rows, 1))
+      patch.setattr(layout, "LANES", 1)
+      patch.setattr(layout, "ALONE", alone)
+      yield
+
+  return patched
+
+
+def begin(run):
+  return run.init(KEY, float32(start()))
+
+
+def steps(run, state, count, first=0):
+  """The state after so many steps, and the last one's metrics."""
+  for i in range(first, first + count):
+    rows = jax.tree.map(np.float32, batch(i))
+    state, metrics = run.step(state, rows, KEY)
+  return state, metrics
+
+
+def saved(state):
+  """What a checkpoint holds."""
+  return jax.tree.map(np.array, state)
 
 
 def float32(tree):

@@ -1,10 +1,9 @@
 """ACCO's numbers: DDP's where both halves agree, else a NumPy loop's."""
 
 import functools
-import importlib.util
 import math
-from pathlib import Path
 
+import halves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,27 +13,12 @@ import pytest
 import distrain_jax as dj
 from distrain_jax import layout
 
-spec = importlib.util.spec_from_file_location(
-  "halves", Path(__file__).parent / "halves.py"
-)
-halves = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(halves)
-
 pytestmark = pytest.mark.core
 
 KEY = halves.KEY
 ROUNDS = 300
 by_rule = pytest.mark.parametrize("rule", halves.RULES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles():
-  """Buffers of a few elements are cut into slices; `w` travels alone."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(layout, "TILES", (1, 1))
-    patch.setattr(layout, "LANES", 1)
-    patch.setattr(layout, "ALONE", 12)
-    yield
+small_tiles = halves.small_tiles()
 
 
 def make(rule, **options):
@@ -46,10 +30,6 @@ def make(rule, **options):
 @functools.cache
 def simulated(rule, workers=4, **options):
   return dj.simulate(make(rule, **options), workers=workers)
-
-
-def begin(run):
-  return run.init(KEY, halves.float32(halves.start()))
 
 
 def step(run, state, i):
@@ -69,7 +49,7 @@ def assert_ddp(run, rule, k, rounds):
     clip_norm=halves.RULES[rule].clip_norm,
   )
   ddp = dj.simulate(ddp, workers=1)
-  state, plain = begin(run), begin(ddp)
+  state, plain = halves.begin(run), halves.begin(ddp)
   for i in range(rounds):
     micro = jax.tree.map(np.float32, halves.batch(i, 6))
     rows = halves.repeated(micro, run.workers * 2 * k)
@@ -109,7 +89,7 @@ def test_so_it_is_on_a_mesh(reduction, mesh):
 
 
 def assert_oracle(run, rule, workers, k, rounds=12):
-  oracle, state = halves.Acco(rule), begin(run)
+  oracle, state = halves.Acco(rule), halves.begin(run)
   norms = []
   for i in range(rounds):
     state, metrics = step(run, state, i)
@@ -161,7 +141,7 @@ def mean_gradient(params, micro):
 
 def test_sgds_estimate_is_off_by_half_the_rate_times_the_halves_difference():
   run = simulated("sgd", accumulate=2)
-  state, moved = begin(run), []
+  state, moved = halves.begin(run), []
   for i in range(6):
     early, late = halves.halves_of(halves.batch(i), 4, 2)
     at_estimate = mean_gradient(state.estimate, early)  # g~
@@ -208,7 +188,7 @@ def assert_switch_from_ddp(run, warmup, rounds=7):
     clip_norm=halves.RULES[rule].clip_norm,
   )
   ddp = dj.simulate(ddp, workers=4)
-  oracle, state, plain = halves.Acco(rule), begin(run), begin(ddp)
+  oracle, state, plain = halves.Acco(rule), halves.begin(run), halves.begin(ddp)
   for i in range(warmup):
     state, got = step(run, state, i)
     plain, expected = step(ddp, plain, i)

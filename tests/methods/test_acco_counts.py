@@ -1,9 +1,8 @@
 """ACCO with workers that contribute different numbers of micro-batches."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import halves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,27 +14,14 @@ from hypothesis import strategies as st
 import distrain_jax as dj
 from distrain_jax import layout
 
-spec = importlib.util.spec_from_file_location(
-  "halves", Path(__file__).parent / "halves.py"
-)
-halves = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(halves)
-
 pytestmark = pytest.mark.core
 
 KEY, N, K = halves.KEY, 4, 3
 SLOTS, EACH = N * 2 * K, 2  # micro-batches of a step at most, and their rows
 FULL = np.full((N, 2), K)
 RULE = halves.RULES["adamw"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles():
-  """Slices of a few elements beside the first two micro-batches of a half."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(layout, "TILES", (1, 1))
-    patch.setattr(layout, "LANES", 1)
-    yield
+# Slices of a few elements beside the first two micro-batches of a half.
+small_tiles = halves.small_tiles(alone=layout.ALONE)
 
 
 def make(loss_fn=halves.loss_fn, tx=RULE.tx, **options):
@@ -50,11 +36,7 @@ def simulated():
 
 @functools.cache
 def started():
-  return begin(simulated())
-
-
-def begin(run):
-  return run.init(KEY, halves.float32(halves.start()))
+  return halves.begin(simulated())
 
 
 def taken(counts):
@@ -114,7 +96,7 @@ ROUNDS = [  # some alone, a half of nobody's, a step of nobody's, all, one
 
 
 def assert_oracle(run):
-  oracle, state = halves.Acco("adamw"), begin(run)
+  oracle, state = halves.Acco("adamw"), halves.begin(run)
   for i, counts in enumerate(ROUNDS):
     rows = halves.batch(i, SLOTS * EACH)
     state, metrics = run.step(state, counted(rows, counts), KEY)

@@ -1,9 +1,8 @@
 """DiLoCo: NumPy loops, plain and streaming, and what is in flight."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import alone
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 import distrain_jax as dj
 from distrain_jax import spmd
-
-spec = importlib.util.spec_from_file_location(
-  "alone", Path(__file__).parent / "alone.py"
-)
-alone = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(alone)
 
 pytestmark = pytest.mark.core
 

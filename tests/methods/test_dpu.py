@@ -1,9 +1,8 @@
 """Delayed updates and weight prediction: NumPy loops, lateness, stability."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import halves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +10,6 @@ import optax
 import pytest
 
 import distrain_jax as dj
-from distrain_jax import layout
-
-spec = importlib.util.spec_from_file_location(
-  "halves", Path(__file__).parent / "halves.py"
-)
-halves = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(halves)
 
 pytestmark = pytest.mark.core
 
@@ -25,16 +17,7 @@ KEY, N, STEPS = halves.KEY, 4, 12
 FACTORIES = {"dpu": dj.dpu, "weight_prediction": dj.weight_prediction}
 by_name = pytest.mark.parametrize("name", FACTORIES)
 by_rule = pytest.mark.parametrize("rule", halves.RULES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles():
-  """Buffers of a few elements are cut into slices; `w` travels alone."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(layout, "TILES", (1, 1))
-    patch.setattr(layout, "LANES", 1)
-    patch.setattr(layout, "ALONE", 12)
-    yield
+small_tiles = halves.small_tiles()
 
 
 def make(name, rule, **options):
@@ -51,7 +34,7 @@ def simulated(name, rule, **options):
 def train(run, steps=STEPS, state=None, first=0):
   """States after each step, as NumPy holds them, and each step's metrics."""
   if state is None:
-    state = run.init(KEY, halves.float32(halves.start()))
+    state = halves.begin(run)
   states, seen = [], []
   for i in range(first, first + steps):
     rows = jax.tree.map(np.float32, halves.batch(i))
@@ -181,7 +164,7 @@ def test_warm_up_is_ddp_and_loses_no_gradient(name):
 @by_name
 def test_only_the_micro_batches_that_were_taken_count(name):
   run = simulated(name, "sgd")
-  state = run.init(KEY, halves.float32(halves.start()))
+  state = halves.begin(run)
   rows = jax.tree.map(np.float32, halves.batch(0))
   rows["x"][: 96 // N // 2] = np.nan  # what worker 0 would begin with
   counts = np.array([[0], [2], [1], [2]])
@@ -216,22 +199,6 @@ def test_another_number_of_workers_goes_on_with_what_is_pending(name):
     run, steps=4, state=jax.tree.map(jnp.asarray, states[-1]), first=5
   )
   halves.near(two.params(later[-1]), run.params(straight[-1]), 2e-5)
-
-
-@by_name
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"slices": 2}, r"accumulate=2 allows 0 to 1; got 2\. Pass accumulate=4"),
-    ({"warmup": -1}, r"warmup.*got -1"),
-    ({"reduction": "ring"}, r"reduce_scatter or all_to_all.*'ring'"),
-    ({"wire_dtype": "int8"}, r"wire_dtype.*'int8'"),
-    ({"accumulate": 0}, r"accumulate.*at least 1; got 0"),
-  ],
-)
-def test_bad_options_are_refused_by_name(name, options, message):
-  with pytest.raises(ValueError, match=f"{name}: .*{message}"):
-    make(name, "sgd", **options)
 
 
 @by_name

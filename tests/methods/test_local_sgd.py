@@ -1,9 +1,8 @@
 """Local SGD: a NumPy loop, DDP where they meet, and what averaging keeps."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import alone
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +10,6 @@ import optax
 import pytest
 
 import distrain_jax as dj
-
-spec = importlib.util.spec_from_file_location(
-  "alone", Path(__file__).parent / "alone.py"
-)
-alone = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(alone)
 
 pytestmark = pytest.mark.core
 
