@@ -9,11 +9,13 @@ Compiles the step that launch/train.py would run, for devices that pip's
 'distrain-jax[aot]' has compilers of, or for simulated CPU devices. The data
 need not be there either: what neither its metadata nor the config say is
 assumed, and told. Prints a report, or a row per method, and writes both with a
-picture: report.json, report.png.
+picture: report.json, report.png. Methods are compared on the same rows in the
+same micro-batches: config.method.accumulate is that of the config's own method.
 """
 
 import importlib.metadata
 import json
+import math
 import re
 import sys
 import time
@@ -54,6 +56,7 @@ class Job(NamedTuple):
   method: str
   hardware: str
   program: experiment.Program
+  micro_batches: int  # of a worker and step
 
 
 def main(argv) -> None:
@@ -75,9 +78,9 @@ def main(argv) -> None:
   except (ValueError, ImportError, FileNotFoundError) as e:
     sys.exit(f"{type(e).__name__}: {e}")
   outcomes = [one(job, i, len(work)) for i, job in enumerate(work)]
-  show(c, outcomes, told.assumed)
+  show(c, work, outcomes, told.assumed)
   folder = Path(OUT.value or Path("runs/compile", default_name()))
-  keep(folder, c, outcomes, told)
+  keep(folder, c, work, outcomes, told)
 
 
 def jobs(c: ConfigDict, info: data.Info) -> list[Job]:
@@ -89,19 +92,37 @@ def jobs(c: ConfigDict, info: data.Info) -> list[Job]:
         f"--compare: {name!r} is no method. "
         + configs.suggest(name, methods.FACTORIES)
       )
-  found = []
+  micro, found = micro_batches(c, names), []
   for hardware in dict.fromkeys(TOPOLOGY.value or [None]):
     devices = topology(hardware).devices if hardware else None
     for name in names:
-      own = by_method(c, name) if COMPARE.value else c
+      own = by_method(c, name, micro) if COMPARE.value else c
       program = experiment.program(own, info, devices)
-      found.append(Job(name, hardware or f"cpu:{DEVICES.value}", program))
+      where = hardware or f"cpu:{DEVICES.value}"
+      found.append(Job(name, where, program, micro))
   return found
 
 
-def by_method(c: ConfigDict, name: str) -> ConfigDict:
+def micro_batches(c: ConfigDict, names: list[str]) -> int:
+  """How many every method makes of a worker's rows.
+
+  As many as the config's own method, if those of several halves can as well.
+  """
+  accumulate = c.method.get("accumulate") or 1
+  return math.lcm(accumulate * halves(c.method.name), *map(halves, names))
+
+
+def halves(name: str) -> int:
+  return methods.HALVES.get(name, 1)
+
+
+def by_method(c: ConfigDict, name: str, micro: int) -> ConfigDict:
   """The same config with another method, less the options it has not."""
   c = c.copy_and_resolve_references()
+  accumulate = micro // halves(name)
+  if accumulate != (c.method.get("accumulate") or 1):
+    say(f"{name} with accumulate={accumulate}: {micro} micro-batches, as all")
+  c.method.accumulate = accumulate
   c.method.name = name
   valid = configs.options_of(methods.FACTORIES[name])
   for option, value in c.method.items():
@@ -128,13 +149,14 @@ def one(job: Job, i: int, total: int) -> inspect.Report | advisor.Refusal:
   return found._replace(hardware=job.hardware)
 
 
-def show(c: ConfigDict, outcomes, assumed) -> None:
+def show(c: ConfigDict, work: list[Job], outcomes, assumed) -> None:
   """What the command is for, on the terminal."""
   reports = [x for x in outcomes if isinstance(x, inspect.Report)]
   if len(outcomes) == len(reports) == 1:
     print(reports[0])
   else:
-    print(f"{source()}, global batch {c.batch_size}. Per device:\n")
+    print(f"{source()}, global batch {c.batch_size}. {cut(c, work)}")
+    print("Per device:\n")
     print(advisor.compare(outcomes))
     chips = {r.chip.name: r.chip for r in reports if r.chip}
     for chip in chips.values():
@@ -143,7 +165,23 @@ def show(c: ConfigDict, outcomes, assumed) -> None:
     print(f"\nAssumed: {sentence}.")
 
 
-def keep(folder: Path, c: ConfigDict, outcomes, told) -> None:
+def cut(c: ConfigDict, work: list[Job]) -> str:
+  """What all programs have in common, in words."""
+  micro, names = work[0].micro_batches, dict.fromkeys(x.method for x in work)
+  workers = {x.hardware: x.program.run.workers for x in work}
+  sizes = (
+    f"{micro} of {c.batch_size // (n * micro)} rows on {hardware}"
+    for hardware, n in workers.items()
+  )
+  parts = (
+    f"; {name}: {micro // halves(name)} in each half"
+    for name in names
+    if halves(name) > 1
+  )
+  return f"A worker's micro-batches a step: {', '.join(sizes)}{''.join(parts)}."
+
+
+def keep(folder: Path, c: ConfigDict, work, outcomes, told) -> None:
   """report.json and report.png."""
   folder.mkdir(parents=True, exist_ok=True)
   kept = {
@@ -151,6 +189,7 @@ def keep(folder: Path, c: ConfigDict, outcomes, told) -> None:
     "config": json.loads(c.to_json_best_effort()),
     "data": told.info._asdict(),
     "assumed": told.assumed,
+    "micro_batches": work[0].micro_batches,
     "versions": versions(),
     "reports": [x.to_json() for x in outcomes],
   }

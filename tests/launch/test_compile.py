@@ -25,6 +25,14 @@ COMMANDS = {
     "--compare=ddp,zero1",
     "--config.method.param_dtype=bfloat16",
   ],
+  "halves": [
+    DIGITS,
+    SLICE,
+    "--compare=fsdp,acco",
+    "--config.method.name=acco",
+    "--config.method.accumulate=2",
+  ],
+  "no halves": [DIGITS, SLICE, "--compare=fsdp,acco"],
   "devices": [f"{DIGITS}:quick", "--devices=4"],
   "no room": [
     DIGITS,
@@ -128,6 +136,7 @@ def test_compared_methods_are_rows_that_equal_their_reports(ran, folder):
   reports = kept(folder, "compare")["reports"]
   assert [row[0] for row in rows] == [r["name"] for r in reports]
   assert [row[0] for row in rows] == ["ddp", "zero1"]
+  assert "A worker's micro-batches a step: 1 of 16 rows on v5e:2x4.\n" in out
   head = next(x for x in lines if x.startswith("method "))
   units = [1024 ** UNITS.index(u) for u in re.findall(", (.?i?B)", head)]
   for row, r in zip(rows, reports):
@@ -139,6 +148,35 @@ def test_compared_methods_are_rows_that_equal_their_reports(ran, folder):
   params = [r["memory"]["state"]["params"] for r in reports]
   assert params[0] == 2 * params[1]
   assert is_picture(folder / "compare" / "report.png")
+
+
+@pytest.mark.parametrize(
+  ("name", "micro", "said"),
+  [
+    ("halves", 4, "4 of 4 rows on v5e:2x4; acco: 2 in each half."),
+    ("no halves", 2, "2 of 8 rows on v5e:2x4; acco: 1 in each half."),
+  ],
+)
+def test_methods_of_halves_are_compared_on_the_same_micro_batches(
+  name, micro, said, ran, folder
+):
+  code, out, err = ran(name)
+  assert code == 0, err
+  assert f"A worker's micro-batches a step: {said}" in out
+  assert f"fsdp with accumulate={micro}: {micro} micro-batches, as all" in err
+  assert "acco with" not in err  # as the config says, or by default
+  found = kept(folder, name)
+  fsdp, acco = found["reports"]
+  assert (fsdp["name"], acco["name"]) == ("fsdp", "acco")
+  # FSDP gathers in every micro-batch: the six leaves, but the last that nothing
+  # divides. ACCO, unsliced or in one slice, once in each half.
+  runs = lambda r: [
+    c["runs"] for c in r["collectives"] if c["kind"] == "all-gather"
+  ]
+  assert set(runs(fsdp)) == {micro} and runs(acco) == [2]
+  flops = [sum(r["flops"].values()) for r in (fsdp, acco)]
+  assert flops[0] == flops[1] > 0
+  assert found["micro_batches"] == micro
 
 
 def test_simulated_devices_have_no_times(ran, folder):
