@@ -11,6 +11,8 @@ from distrain_jax.models import gpt_neo as gpt_neo
 from distrain_jax.models import huggingface as huggingface
 from distrain_jax.models import names as names
 from distrain_jax.models import weights as weights
+from distrain_jax.models.branches import blocks as blocks
+from distrain_jax.models.branches import branch_writers as branch_writers
 from distrain_jax.models.gpt_neo import GPTNeo as GPTNeo
 from distrain_jax.models.gpt_neo import GPTNeoConfig as GPTNeoConfig
 from distrain_jax.models.llama import PRESETS as PRESETS

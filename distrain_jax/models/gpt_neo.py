@@ -19,13 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax.models import options
+from distrain_jax.models.chunked_loss import logits
 from distrain_jax.models.layers import (
   along_channels,
   computing,
+  is_given,
   parameter,
   stacked,
+  stochastic_depth,
 )
 from distrain_jax.models.llama import ATTENTION
+from distrain_jax.models.names import numbered
 from distrain_jax.models.options import DTYPES
 
 
@@ -49,6 +53,7 @@ class GPTNeoConfig:
   remat: str = "none"  # what the backward pass recomputes: options.REMAT
   attention: str = "xla"  # implementation: xla, cudnn
   dropout: float = 0.0  # on both branches of a block; needs rngs: dropout
+  stochastic_depth: float = 0.0  # of dropping a block's; needs rngs: dropout
   norm_eps: float = 1e-5
   init_std: float = 0.02  # of all weights; biases are 0 at first
   dtype: str = "float32"  # of the computation
@@ -76,7 +81,8 @@ class GPTNeoConfig:
         f"global and a local layer. Set layers={self.layers + 1}, or "
         "scan=False."
       )
-    options.check_rate("gpt_neo", dropout=self.dropout)
+    rates = {n: getattr(self, n) for n in ("dropout", "stochastic_depth")}
+    options.check_rate("gpt_neo", **rates)
     options.pick("gpt_neo: remat", self.remat, options.REMAT)
     options.pick("gpt_neo: attention", self.attention, ATTENTION)
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -105,16 +111,16 @@ PRESETS = {
 }
 
 
-def _weight(module, name, names, *shape):
+def _weight(module, name, names, *shape, writer=False):
   """A parameter drawn with the model's standard deviation."""
   c = module.config
   normal = nn.initializers.normal(c.init_std)
-  return parameter(module, name, normal, shape, names, c.param_dtype)
+  return parameter(module, name, normal, shape, names, c.param_dtype, writer)
 
 
-def _bias(module, name, axis, size):
+def _bias(module, name, axis, size, writer=False):
   zeros, dtype = nn.initializers.zeros, module.config.param_dtype
-  return parameter(module, name, zeros, (size,), (axis,), dtype)
+  return parameter(module, name, zeros, (size,), (axis,), dtype, writer)
 
 
 def _norm(config, name):
@@ -140,17 +146,18 @@ class Attention(nn.Module):
 
   config: GPTNeoConfig
   window: int | None
+  index: int | None = None  # of the block, unless it is stacked
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
     e, k, d = c.embed, c.heads, c.embed // c.heads
-    names = ("embed", "heads", "head_dim")
+    names = ("embed", numbered("heads", self.index), "head_dim")
     weights = [
       _weight(self, name, names, e, k, d) for name in ("query", "key", "value")
     ]
-    out = _weight(self, "out", (*names[1:], "embed"), k, d, e)
-    bias = _bias(self, "out_bias", "embed", e)
+    out = _weight(self, "out", (*names[1:], "embed"), k, d, e, writer=True)
+    bias = _bias(self, "out_bias", "embed", e, writer=True)
     *weights, out, bias = computing(self.config, *weights, out, bias)
     mixed = jax.nn.dot_product_attention(
       *(jnp.einsum("bte,ekd->btkd", x, w) for w in weights),
@@ -167,15 +174,16 @@ class FeedForward(nn.Module):
   """x (b, t, e) -> gelu(x @ up + up_bias) @ down + down_bias, (b, t, e)."""
 
   config: GPTNeoConfig
+  index: int | None = None  # of the block, unless it is stacked
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    c = self.config
+    c, mlp = self.config, numbered("mlp", self.index)
     arrays = (
-      _weight(self, "up", ("embed", "mlp"), c.embed, c.mlp),
-      _bias(self, "up_bias", "mlp", c.mlp),
-      _weight(self, "down", ("mlp", "embed"), c.mlp, c.embed),
-      _bias(self, "down_bias", "embed", c.embed),
+      _weight(self, "up", ("embed", mlp), c.embed, c.mlp),
+      _bias(self, "up_bias", mlp, c.mlp),
+      _weight(self, "down", (mlp, "embed"), c.mlp, c.embed, writer=True),
+      _bias(self, "down_bias", "embed", c.embed, writer=True),
     )
     up, up_bias, down, down_bias = computing(self.config, *arrays)
     hidden = x @ up
@@ -190,6 +198,7 @@ class Block(nn.Module):
   config: GPTNeoConfig
   window: int | None
   train: bool
+  index: int | None = None  # unless it is stacked
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -197,12 +206,13 @@ class Block(nn.Module):
     drop = functools.partial(
       nn.Dropout, c.dropout, deterministic=not self.train
     )
+    kept = stochastic_depth(self, c.stochastic_depth, self.train)
     y = _norm(c, "attention_norm")(x)
-    y = Attention(c, self.window, name="attention")(y)
-    x = x + drop(name="attention_dropout")(y)
+    y = Attention(c, self.window, self.index, name="attention")(y)
+    x = x + kept(drop(name="attention_dropout")(y))
     y = _norm(c, "feed_forward_norm")(x)
-    y = FeedForward(c, name="feed_forward")(y)
-    return x + drop(name="feed_forward_dropout")(y)
+    y = FeedForward(c, self.index, name="feed_forward")(y)
+    return x + kept(drop(name="feed_forward_dropout")(y))
 
 
 class Pair(nn.Module):
@@ -235,8 +245,14 @@ class GPTNeo(nn.Module):
 
   config: GPTNeoConfig
 
-  @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+    return logits(*self.hidden(tokens, train=train))
+
+  @nn.compact
+  def hidden(
+    self, tokens: jax.Array, *, train: bool = False
+  ) -> tuple[jax.Array, jax.Array]:
+    """What the logits are the product of: x (b, t, e), output layer (e, v)."""
     c, t = self.config, tokens.shape[1]
     names = ("vocab", "embed")
     table = _weight(self, "embedding", names, c.vocab, c.embed)
@@ -254,16 +270,21 @@ class GPTNeo(nn.Module):
       self.config, jnp.take(table, tokens, axis=0) + places[None, :t]
     )
     x = _norm(c, "final_norm")(self._blocks(x, train))
-    (head,) = computing(self.config, table.T)
-    # Products in `dtype`, their sums in float32: the loss takes exponentials.
-    return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    return x, *computing(self.config, table.T)
+
+  @nn.nowrap
+  def optional_blocks(self) -> tuple[str, ...]:
+    """The blocks, unless they are stacked: any can be left out."""
+    c = self.config
+    return () if c.scan else tuple(f"block_{k}" for k in range(c.layers))
 
   def _blocks(self, x: jax.Array, train: bool) -> jax.Array:
     c = self.config
     if not c.scan:
-      for k in range(c.layers):
+      for k, name in enumerate(self.optional_blocks()):
         window = c.window if k % 2 else None
-        x = _block(c)(c, window, train, name=f"block_{k}")(x)
+        if is_given(self, name):
+          x = _block(c)(c, window, train, k, name=name)(x)
       return x
     stack = stacked(self, Pair, c.layers // 2)
     return stack(c, train, name="blocks")(x, None)[0]

@@ -11,6 +11,7 @@ Letters in shapes: b images, h height, w width, i features in, o features out.
 from collections.abc import Callable
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +22,14 @@ Initializer = Callable[..., jax.Array]
 FAN_OUT_NORMAL = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+@flax.struct.dataclass
+class Writer(nn.LogicallyPartitioned):
+  """Names of a parameter by which a residual branch's output is linear.
+
+  All writers of a branch times s: its output times s.
+  """
+
+
 def parameter(
   module: nn.Module,
   name: str,
@@ -28,6 +37,7 @@ def parameter(
   shape: tuple[int, ...],
   names: tuple[str, ...],
   dtype: str = "float32",
+  writer: bool = False,
 ) -> jax.Array:
   """`module`'s parameter, in the shape that it has.
 
@@ -38,17 +48,48 @@ def parameter(
     shape: the shape at initialisation. Given parameters may have another.
     names: one logical axis name (`distrain_jax.models.names`) an axis.
     dtype: the dtype at initialisation.
+    writer: whether it is a `Writer`.
   """
   # `Module.param` compares shapes with the declared ones; this does not.
   if module.has_variable("params", name):
     return nn.meta.unbox(module.get_variable("params", name))
-  init_fn = nn.with_logical_partitioning(init_fn, names)
-  return module.param(name, init_fn, shape, DTYPES[dtype])
+  box = Writer if writer else nn.LogicallyPartitioned
+  boxed = lambda *args: box(init_fn(*args), names)
+  return module.param(name, boxed, shape, DTYPES[dtype])
+
+
+def is_given(module: nn.Module, name: str) -> bool:
+  """Whether there are parameters for `module`'s child: always in `init`.
+
+  A residual block without any is left out.
+  """
+  if module.is_initializing():
+    return True
+  return bool(module.variables.get("params", {}).get(name))
 
 
 def computing(config, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   """The arrays in the dtype of the computation, `config.dtype`."""
   return tuple(a.astype(DTYPES[config.dtype]) for a in arrays)
+
+
+def stochastic_depth(
+  module: nn.Module, rate: float, train: bool
+) -> Callable[[jax.Array], jax.Array]:
+  """What all branches of a residual block are passed through.
+
+  In training, either all of them are dropped, with probability `rate`, or all
+  are divided by 1 - rate: one draw of the stream `dropout` for the whole batch
+  that the module is applied to, so that it is as if the block were not there.
+  The branches are computed all the same.
+
+  Huang et al., 2016, https://arxiv.org/abs/1603.09382, with one rate for all
+  blocks, and scaled in training rather than in evaluation.
+  """
+  if rate == 0 or not train:
+    return lambda y: y
+  kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate)
+  return lambda y: jnp.where(kept, y / (1 - rate), jnp.zeros_like(y))
 
 
 def stacked(module: nn.Module, block, length: int):

@@ -17,12 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax.models import options
+from distrain_jax.models.chunked_loss import logits
 from distrain_jax.models.layers import (
   computing,
+  is_given,
   parameter,
   stacked,
+  stochastic_depth,
   to_float32,
 )
+from distrain_jax.models.names import numbered
 from distrain_jax.models.norms import RMSNorm
 
 # cudnn: the fused kernel of NVIDIA GPUs, for float16 and bfloat16.
@@ -50,6 +54,7 @@ class LlamaConfig:
   remat: str = "none"  # what the backward pass recomputes: options.REMAT
   attention: str = "xla"  # implementation: xla, cudnn
   dropout: float = 0.0  # on both branches of a block; needs rngs: dropout
+  stochastic_depth: float = 0.0  # of dropping a block's; needs rngs: dropout
   rope_theta: float = 10_000.0  # wavelengths: 2 pi to 2 pi theta tokens
   norm_eps: float = 1e-5
   init_std: float = 0.02  # of all weights; below for a branch's last ones
@@ -78,7 +83,8 @@ class LlamaConfig:
         f"llama: head_dim={self.head_dim} (embed / heads where not set) must "
         "be even: rotary positions turn pairs of coordinates."
       )
-    options.check_rate("llama", dropout=self.dropout)
+    rates = {n: getattr(self, n) for n in ("dropout", "stochastic_depth")}
+    options.check_rate("llama", **rates)
     options.pick("llama: remat", self.remat, options.REMAT)
     options.pick("llama: attention", self.attention, ATTENTION)
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -130,10 +136,10 @@ def rope(x: jax.Array, theta: float) -> jax.Array:
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def _weight(module, name, std, names, *shape):
+def _weight(module, name, std, names, *shape, writer=False):
   """A parameter drawn with standard deviation `std`, as it is stored."""
   normal, dtype = nn.initializers.normal(std), module.config.param_dtype
-  return parameter(module, name, normal, shape, names, dtype)
+  return parameter(module, name, normal, shape, names, dtype, writer)
 
 
 class Attention(nn.Module):
@@ -144,19 +150,21 @@ class Attention(nn.Module):
   """
 
   config: LlamaConfig
+  index: int | None = None  # of the block, unless it is stacked
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
     weight = functools.partial(_weight, self)
     e, k, q, d = c.embed, c.kv_heads, c.heads // c.kv_heads, c.head_dim
-    names = ("embed", "heads", "queries", "head_dim")
+    heads = numbered("heads", self.index)
+    names = ("embed", heads, "queries", "head_dim")
     queries = weight("query", c.init_std, names, e, k, q, d)
-    names = ("embed", "heads", "head_dim")
+    names = ("embed", heads, "head_dim")
     keys = weight("key", c.init_std, names, e, k, d)
     values = weight("value", c.init_std, names, e, k, d)
-    names = ("heads", "queries", "head_dim", "embed")
-    out = weight("out", c.branch_std, names, k, q, d, e)
+    names = (heads, "queries", "head_dim", "embed")
+    out = weight("out", c.branch_std, names, k, q, d, e, writer=True)
     queries, keys, values, out = computing(
       self.config, queries, keys, values, out
     )
@@ -178,14 +186,17 @@ class FeedForward(nn.Module):
   """SwiGLU, x (b, t, e) -> (silu(x @ gate) * (x @ up)) @ down, (b, t, e)."""
 
   config: LlamaConfig
+  index: int | None = None  # of the block, unless it is stacked
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = self.config
     weight = functools.partial(_weight, self)
-    gate = weight("gate", c.init_std, ("embed", "mlp"), c.embed, c.mlp)
-    up = weight("up", c.init_std, ("embed", "mlp"), c.embed, c.mlp)
-    down = weight("down", c.branch_std, ("mlp", "embed"), c.mlp, c.embed)
+    names = ("embed", numbered("mlp", self.index))
+    gate = weight("gate", c.init_std, names, c.embed, c.mlp)
+    up = weight("up", c.init_std, names, c.embed, c.mlp)
+    sizes, std = (c.mlp, c.embed), c.branch_std
+    down = weight("down", std, names[::-1], *sizes, writer=True)
     gate, up, down = computing(self.config, gate, up, down)
     return (nn.silu(x @ gate) * (x @ up)) @ down
 
@@ -195,6 +206,7 @@ class Block(nn.Module):
 
   config: LlamaConfig
   train: bool
+  index: int | None = None  # unless it is stacked
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
@@ -203,23 +215,33 @@ class Block(nn.Module):
     drop = functools.partial(
       nn.Dropout, c.dropout, deterministic=not self.train
     )
-    y = Attention(c, name="attention")(norm(name="attention_norm")(x))
-    x = x + drop(name="attention_dropout")(y)
-    y = FeedForward(c, name="feed_forward")(norm(name="feed_forward_norm")(x))
-    return x + drop(name="feed_forward_dropout")(y), None
+    kept = stochastic_depth(self, c.stochastic_depth, self.train)
+    y = norm(name="attention_norm")(x)
+    y = Attention(c, self.index, name="attention")(y)
+    x = x + kept(drop(name="attention_dropout")(y))
+    y = norm(name="feed_forward_norm")(x)
+    y = FeedForward(c, self.index, name="feed_forward")(y)
+    return x + kept(drop(name="feed_forward_dropout")(y)), None
 
 
 class Llama(nn.Module):
   """tokens (b, t), int32 -> logits of the next ones (b, t, v), float32.
 
   With `scan`, the blocks' parameters are stacked along a leading axis `layers`,
-  whose length is the depth: fewer layers given, fewer run.
+  whose length is the depth: fewer layers given, fewer run. Without, a block
+  whose parameters are not given is left out.
   """
 
   config: LlamaConfig
 
-  @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+    return logits(*self.hidden(tokens, train=train))
+
+  @nn.compact
+  def hidden(
+    self, tokens: jax.Array, *, train: bool = False
+  ) -> tuple[jax.Array, jax.Array]:
+    """What the logits are the product of: x (b, t, e), output layer (e, v)."""
     c = self.config
     sizes, names = (c.vocab, c.embed), ("vocab", "embed")
     table = _weight(self, "embedding", c.init_std, names, *sizes)
@@ -233,8 +255,13 @@ class Llama(nn.Module):
     else:
       head = _weight(self, "output", c.init_std, names[::-1], *sizes[::-1])
     (head,) = computing(self.config, head)
-    # Products in `dtype`, their sums in float32: the loss takes exponentials.
-    return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    return x, head
+
+  @nn.nowrap
+  def optional_blocks(self) -> tuple[str, ...]:
+    """The blocks, unless they are stacked: any can be left out."""
+    c = self.config
+    return () if c.scan else tuple(f"block_{k}" for k in range(c.layers))
 
   def _blocks(self, x: jax.Array, train: bool) -> jax.Array:
     c, block = self.config, Block
@@ -243,8 +270,9 @@ class Llama(nn.Module):
       # A scan's body cannot be merged with its own recomputation.
       block = nn.remat(Block, policy=policy, prevent_cse=not c.scan)
     if not c.scan:
-      for k in range(c.layers):
-        x, _ = block(c, train, name=f"block_{k}")(x)
+      for k, name in enumerate(self.optional_blocks()):
+        if is_given(self, name):
+          x, _ = block(c, train, k, name=name)(x)
       return x
     stack = stacked(self, block, c.layers)
     return stack(c, train, name="blocks")(x, None)[0]

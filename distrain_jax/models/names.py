@@ -4,12 +4,17 @@ Every parameter of our models names its axes, once, where it is made (Flax's
 logical partitioning metadata); sharding rules, subnetworks and muP read the
 names and never a parameter's path. Two rules make them enough:
 
-- Axes with one name inside one block (one transformer layer, one residual
-  block, the whole MLP) run over the same units: gathering the indices `i` on
-  each of them removes the other units from the block and changes nothing else.
-- A number after the last underscore tells apart axes of one kind in one block
-  (`hidden_0`, `hidden_1`), since no array may name two axes alike; `kind`
-  drops it.
+- Axes of one name run over the same units wherever in the model they are, if
+  the units are ones that can be left out (`NEURONS`, `BLOCKS`): gathering the
+  indices `i` on each axis of the name removes the other units from the model
+  and changes nothing else. The axes of other kinds (`embed`, `conv_out`, ...)
+  only say what they are of.
+- A number after the last underscore tells apart axes of one kind: `hidden_0`
+  and `hidden_1` of one MLP, `mlp_3` of the transformer block 3, `inner_4` of a
+  ResNet's fifth pair of convolutions. `kind` drops it, and whatever is said of
+  a kind (a sharding rule for `mlp`) holds for all its numbers. Blocks that are
+  stacked share plain names: an index on `layers` tells their units apart, and
+  what one index holds (a block, or a pair) is left out together.
 """
 
 # kind -> what the axis runs over
@@ -22,7 +27,7 @@ MEANING = {
   "heads": "key-value heads, each with the query heads that read it",
   "hidden": "units of an MLP's hidden layer; hidden_0 is the first",
   "image_channels": "channels of the input image",
-  "inner": "channels between the convolutions of one residual block",
+  "inner": "channels between two convolutions of one residual block",
   "inputs": "flattened input features",
   "layers": "stacked transformer blocks, or pairs of them that alternate",
   "mlp": "hidden units of a transformer block's feed-forward part",
@@ -48,3 +53,12 @@ def kind(name: str) -> str:
   """
   stem, _, number = name.rpartition("_")
   return stem if number.isdecimal() else name
+
+
+def numbered(kind: str, number: int | None) -> str:
+  """A kind's name with a number; None: without one, for stacked blocks.
+
+  >>> numbered("mlp", 3), numbered("mlp", None)
+  ('mlp_3', 'mlp')
+  """
+  return kind if number is None else f"{kind}_{number}"

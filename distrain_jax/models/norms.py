@@ -18,13 +18,16 @@ from distrain_jax.models.layers import (
 )
 
 
-def _scale_and_bias(module, x, name, scale_init, dtype):
+def _scale_and_bias(module, x):
   """The layer's scale and bias, (1, 1, 1, c) each, in float32."""
-  shape, names = x.shape[-1:], (name,)
-  scale = parameter(module, "scale", scale_init, shape, names, dtype)
-  zeros = nn.initializers.zeros
-  bias = parameter(module, "bias", zeros, shape, names, dtype)
-  return tuple(along_channels(to_float32(a), x) for a in (scale, bias))
+  names, dtype = (module.name_of_channels,), module.param_dtype
+
+  def one(name, init_fn):
+    shape = x.shape[-1:]
+    a = parameter(module, name, init_fn, shape, names, dtype, module.writer)
+    return along_channels(to_float32(a), x)
+
+  return one("scale", module.scale_init), one("bias", nn.initializers.zeros)
 
 
 class BatchNorm(nn.Module):
@@ -44,11 +47,11 @@ class BatchNorm(nn.Module):
   axis_name: str | None = None
   scale_init: Initializer = nn.initializers.ones
   param_dtype: str = "float32"
+  writer: bool = False  # whether a residual branch ends here: layers.Writer
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    name, init = self.name_of_channels, self.scale_init
-    scale, bias = _scale_and_bias(self, x, name, init, self.param_dtype)
+    scale, bias = _scale_and_bias(self, x)
     running_mean = self._running("mean", nn.initializers.zeros, x.shape[-1])
     running_var = self._running("var", nn.initializers.ones, x.shape[-1])
     y = to_float32(x)
@@ -99,12 +102,12 @@ class GroupNorm(nn.Module):
   eps: float = 1e-5
   scale_init: Initializer = nn.initializers.ones
   param_dtype: str = "float32"
+  writer: bool = False  # whether a residual branch ends here: layers.Writer
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     del train  # one rule for training and evaluation
-    name, init = self.name_of_channels, self.scale_init
-    scale, bias = _scale_and_bias(self, x, name, init, self.param_dtype)
+    scale, bias = _scale_and_bias(self, x)
     b, h, w, c = x.shape
     size = math.gcd(self.size, c)
     y = to_float32(x).reshape(b, h, w, c // size, size)  # (b, h, w, g, size)

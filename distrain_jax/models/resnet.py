@@ -8,13 +8,20 @@ Letters in shapes: b images, h height, w width, c channels.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from distrain_jax.models import options
-from distrain_jax.models.layers import Conv, Dense, Initializer
+from distrain_jax.models.layers import (
+  Conv,
+  Dense,
+  Initializer,
+  is_given,
+  stochastic_depth,
+)
 from distrain_jax.models.norms import BatchNorm, GroupNorm
 
 STEMS = {
@@ -30,16 +37,20 @@ class Block(nn.Module):
 
   The branch is conv 3x3, conv 3x3, or as a bottleneck 1x1, 3x3, 1x1, with a
   norm after each convolution and a relu between. Its own channels are named
-  `inner_k`, after convolution k: they can be sub-sampled, the stream cannot.
+  `inner_k`, numbered through the network: they can be sub-sampled, the stream
+  cannot.
   """
 
   inner: int  # channels inside
   outer: int  # channels of the result
   bottleneck: bool
   stride: int
+  first: int  # k of the channels after the first convolution
   conv: Callable[..., nn.Module]
   norm: Callable[..., nn.Module]
   last_scale_init: Initializer
+  dropout: float
+  stochastic_depth: float
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -47,23 +58,50 @@ class Block(nn.Module):
     strided = sizes.index(3)
     y, name, last = x, "conv_in", len(sizes) - 1
     for k, size in enumerate(sizes):
-      names = (name, f"inner_{k}" if k < last else "conv_out")
+      names = (name, f"inner_{self.first + k}" if k < last else "conv_out")
       features = self.inner if k < last else self.outer
       stride = self.stride if k == strided else 1
       y = self.conv(features, size, names, stride, name=f"conv_{k}")(y)
       init = ONES if k < last else self.last_scale_init
-      y = self.norm(names[1], scale_init=init, name=f"norm_{k}")(y, train)
+      norm = functools.partial(self.norm, scale_init=init, writer=k == last)
+      y = norm(names[1], name=f"norm_{k}")(y, train)
       y = nn.relu(y) if k < last else y
+      if k == 0:
+        # Whole channels: the places of one share what they say.
+        drop = nn.Dropout(self.dropout, (1, 2), deterministic=not train)
+        y = drop(y)
       name = names[1]
     if x.shape != y.shape:
       names = ("conv_in", "conv_out")
       x = self.conv(self.outer, 1, names, self.stride, name="projection")(x)
       x = self.norm("conv_out", name="projection_norm")(x, train)
-    return nn.relu(x + y)
+    return nn.relu(x + stochastic_depth(self, self.stochastic_depth, train)(y))
+
+
+class Place(NamedTuple):
+  """A block's in the network."""
+
+  name: str
+  inner: int
+  outer: int
+  stride: int
+  first: int
+  keeps: bool  # the shape
+
+  def check_left_out(self) -> None:
+    """Refuses to leave out what the next block cannot do without."""
+    if not self.keeps:
+      raise ValueError(
+        f"resnet: the parameters have no {self.name!r}, which changes the "
+        "shape: the blocks after it need its result. Only the blocks of "
+        "models.blocks(model, example) can be left out."
+      )
 
 
 class ResNet(nn.Module):
   """x (b, h, w, c) -> logits (b, classes), float32.
+
+  A block without parameters is left out; it must be one that keeps the shape.
 
   With `norm="batch"` the running statistics live in the collection
   `batch_stats`: apply with `train=True, mutable=["batch_stats"]` to update
@@ -81,6 +119,9 @@ class ResNet(nn.Module):
   axis_name: str | None = None  # workers whose batches BatchNorm takes as one
   # Every branch starts as zero: https://arxiv.org/abs/1706.02677, section 5.1.
   zero_last_scale: bool = True
+  dropout: float = 0.0  # of a branch's first channels; needs rngs: dropout
+  # Of dropping a block's branch; the shortcut stays. Needs rngs: dropout.
+  stochastic_depth: float = 0.0
   dtype: str = "float32"  # of the computation
   param_dtype: str = "float32"
 
@@ -89,7 +130,8 @@ class ResNet(nn.Module):
     stages = {f"stages[{k}]": count for k, count in enumerate(self.stages)}
     sizes = {"classes": self.classes, "group_size": self.group_size}
     options.check_positive("resnet", **sizes, **stages)
-    options.check_rate("resnet", momentum=self.momentum)
+    rates = ("momentum", "dropout", "stochastic_depth")
+    options.check_rate("resnet", **{n: getattr(self, n) for n in rates})
     options.pick("resnet: stem", self.stem, STEMS)
     options.pick("resnet: norm", self.norm, NORMS)
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -116,6 +158,27 @@ class ResNet(nn.Module):
     norm = functools.partial(NORMS[self.norm], **settings)
     return functools.partial(Conv, **dtypes), norm
 
+  @nn.nowrap
+  def _places(self) -> list[Place]:
+    """The blocks, in order."""
+    places, channels = [], round(64 * self.width)
+    last, inners = channels, 2 if self.bottleneck else 1
+    for stage, count in enumerate(self.stages):
+      inner = channels * 2**stage
+      outer = inner * 4 if self.bottleneck else inner
+      for k in range(count):
+        stride = 2 if stage > 0 and k == 0 else 1
+        name, first = f"stage_{stage}_block_{k}", inners * len(places)
+        keeps = stride == 1 and last == outer
+        places.append(Place(name, inner, outer, stride, first, keeps))
+        last = outer
+    return places
+
+  @nn.nowrap
+  def optional_blocks(self) -> tuple[str, ...]:
+    """The blocks that can be left out: they keep the shape."""
+    return tuple(place.name for place in self._places() if place.keeps)
+
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     conv, norm = self._layers()
@@ -126,21 +189,23 @@ class ResNet(nn.Module):
     if self.stem == "imagenet":
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     init = nn.initializers.zeros if self.zero_last_scale else ONES
-    for stage, count in enumerate(self.stages):
-      inner = channels * 2**stage
-      outer = inner * 4 if self.bottleneck else inner
-      for k in range(count):
-        stride = 2 if stage > 0 and k == 0 else 1
-        x = Block(
-          inner,
-          outer,
-          self.bottleneck,
-          stride,
-          conv,
-          norm,
-          init,
-          name=f"stage_{stage}_block_{k}",
-        )(x, train=train)
+    for place in self._places():
+      if not is_given(self, place.name):
+        place.check_left_out()
+        continue
+      x = Block(
+        place.inner,
+        place.outer,
+        self.bottleneck,
+        place.stride,
+        place.first,
+        conv,
+        norm,
+        init,
+        self.dropout,
+        self.stochastic_depth,
+        name=place.name,
+      )(x, train=train)
     x = x.mean((1, 2))  # (b, c)
     dtypes = (self.dtype, self.param_dtype)
     x = Dense(self.classes, ("conv_in", "classes"), *dtypes, name="output")(x)

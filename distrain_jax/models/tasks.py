@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from distrain_jax.method import Batch, LossFn, Metrics, Variables
-from distrain_jax.models import options, zoo
+from distrain_jax.models import chunked_loss, options, zoo
+from distrain_jax.models.chunked_loss import cross_entropy
 
 
 class Task(NamedTuple):
@@ -53,9 +53,7 @@ def classification_loss(
   options.check_rate("classification", label_smoothing=label_smoothing)
 
   def measure(logits, batch):
-    # No one-hot labels: they turn a label beyond the classes into a loss of 0,
-    # where this one is NaN.
-    own = _cross_entropy(logits, batch["label"]).mean()
+    own = cross_entropy(logits, batch["label"]).mean()
     every = -jax.nn.log_softmax(logits).mean()
     loss = (1 - label_smoothing) * own + label_smoothing * every
     hits = logits.argmax(-1) == batch["label"]
@@ -68,6 +66,7 @@ def language_model_loss(
   model: nn.Module,
   *,
   bytes_per_token: float | None = None,
+  logits_chunk: int | None = None,
   stateful: bool = False,
 ) -> LossFn | Callable[..., Any]:
   """Mean cross-entropy, in nats a token, of the tokens that follow.
@@ -76,13 +75,16 @@ def language_model_loss(
     model: `apply(variables, tokens, train=True) -> logits (b, t, vocab)`.
     bytes_per_token: average length of a token's text, 1 for byte tokens: aux
       is then {"bits_per_byte"}; otherwise it is empty.
+    logits_chunk: so many tokens of a row have logits at once; None or 0: all.
+      For a model with a method `hidden(tokens, train=True) -> (x (b, t, e),
+      head (e, vocab))`, whose product the logits are. See `chunked_loss`.
     stateful: whether the model has non-trained state.
 
   Returns:
     A loss_fn of the form that `Task.loss_fn` states.
 
   Raises:
-    ValueError: if bytes_per_token is not above 0.
+    ValueError: if bytes_per_token is not above 0, or logits_chunk cannot be.
   """
   if bytes_per_token is not None and not bytes_per_token > 0:
     raise ValueError(
@@ -90,23 +92,36 @@ def language_model_loss(
       f"or None; got {bytes_per_token!r}."
     )
 
-  def measure(logits, batch):
-    loss = _cross_entropy(logits, batch["targets"]).mean()
+  chunked_loss.check(model, logits_chunk)
+
+  def measure(out, batch):
+    if logits_chunk:
+      loss = chunked_loss.mean_cross_entropy(
+        *out, batch["targets"], logits_chunk
+      )
+    else:
+      loss = cross_entropy(out, batch["targets"]).mean()
     if bytes_per_token is None:
       return loss, {}
     return loss, {"bits_per_byte": loss / math.log(2) / bytes_per_token}
 
-  return _loss_fn(model, "tokens", measure, stateful)
+  method = "hidden" if logits_chunk else None
+  return _loss_fn(model, "tokens", measure, stateful, method)
 
 
 def evaluation(
-  model: nn.Module, *, inputs: str, targets: str
+  model: nn.Module,
+  *,
+  inputs: str,
+  targets: str,
+  logits_chunk: int | None = None,
 ) -> Callable[[Any, Batch], Metrics]:
   """Sums to be added up over a whole split.
 
   Args:
     model: a classifier of images or of next tokens.
     inputs, targets: their keys in the batch; targets (b,) or (b, t).
+    logits_chunk: as for `language_model_loss`.
 
   Returns:
     (variables, batch) -> {"loss_sum", "correct_sum", "weight"}, scalars in
@@ -115,22 +130,29 @@ def evaluation(
     batch counts every row. Rows of weight 0 change nothing, not even as NaN.
   """
 
+  chunked_loss.check(model, logits_chunk)
+
   def evaluate(variables, batch):
     if not isinstance(variables, Variables):
       variables = Variables(variables, {})
-    logits = model.apply(
+    out = model.apply(
       {"params": variables.params, **variables.model_state},
       batch[inputs],
       train=False,
+      method="hidden" if logits_chunk else None,
     )
     wanted = batch[targets]
+    if logits_chunk:
+      losses, hits = chunked_loss.token_losses(*out, wanted, logits_chunk)
+    else:
+      losses, hits = cross_entropy(out, wanted), out.argmax(-1) == wanted
     rows = batch.get("weight", jnp.ones(wanted.shape[:1], jnp.float32))
     rows = rows.reshape(rows.shape + (1,) * (wanted.ndim - rows.ndim))
     weight = jnp.broadcast_to(rows, wanted.shape).astype(jnp.float32)
     total = lambda x: jnp.where(weight > 0, x * weight, 0).sum()
     return {
-      "loss_sum": total(_cross_entropy(logits, wanted)),
-      "correct_sum": total(logits.argmax(-1) == wanted),
+      "loss_sum": total(losses),
+      "correct_sum": total(hits),
       "weight": weight.sum(),
     }
 
@@ -168,27 +190,26 @@ def task(
   start = functools.partial(zoo.init, model, example=example[inputs])
   stateful = bool(zoo.abstract(model, example[inputs]).model_state)
   loss_fn = loss(model, stateful=stateful, **loss_options)
-  evaluate = evaluation(model, inputs=inputs, targets=targets)
+  chunk = loss_options.get("logits_chunk")
+  evaluate = evaluation(
+    model, inputs=inputs, targets=targets, logits_chunk=chunk
+  )
   return Task(start, loss_fn, stateful, evaluate)
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """-log softmax(logits)[label], the shape of labels, in nats."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def _loss_fn(model, inputs, measure, stateful):
-  """Applies the model in training mode, then `measure(logits, batch)`."""
+def _loss_fn(model, inputs, measure, stateful, method=None):
+  """Applies the model in training mode, then `measure(its output, batch)`."""
 
   def with_state(params, model_state, batch, key):
-    logits, model_state = model.apply(
+    out, model_state = model.apply(
       {"params": params, **model_state},
       batch[inputs],
       train=True,
       rngs={"dropout": key},
       mutable=list(model_state),
+      method=method,
     )
-    loss, aux = measure(logits, batch)
+    loss, aux = measure(out, batch)
     return loss, (aux, dict(model_state))
 
   def without_state(params, batch, key):

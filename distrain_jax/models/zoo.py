@@ -106,7 +106,7 @@ def init(model: nn.Module, key: jax.Array, example: Any) -> Variables:
 
 def abstract(model: nn.Module, example: Any) -> Variables:
   """`init`'s result as `jax.ShapeDtypeStruct`s: nothing is computed."""
-  return nn.meta.unbox(_boxes(model, example))
+  return nn.meta.unbox(boxes(model, example))
 
 
 def logical_names(
@@ -130,7 +130,7 @@ def logical_names(
   >>> names["dense_1"]["kernel"]
   ('hidden_0', 'hidden_1')
   """
-  boxed = _boxes(model, example)
+  boxed = boxes(model, example)
   tree = (
     boxed.params
     if collection == "params"
@@ -149,7 +149,7 @@ def logical_names(
   return jax.tree_util.tree_map_with_path(names_of, tree, is_leaf=is_box)
 
 
-def _boxes(model: nn.Module, example: Any) -> Variables:
+def boxes(model: nn.Module, example: Any) -> Variables:
   """What `_init` returns, without values; starts no backend."""
   return jax.eval_shape(lambda: _init(model, jax.random.key(0), example))
 

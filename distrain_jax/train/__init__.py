@@ -21,3 +21,4 @@ from distrain_jax.train.loop import BadStep as BadStep
 from distrain_jax.train.loop import Result as Result
 from distrain_jax.train.loop import train as train
 from distrain_jax.train.metrics import read_metrics as read_metrics
+from distrain_jax.train.recalibrate import recalibrator as recalibrator

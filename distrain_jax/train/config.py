@@ -70,6 +70,9 @@ def default_config() -> ConfigDict:
   c.evaluation.every = 200  # steps; 0: only at the end
   c.evaluation.batch_size = 256  # global
   c.evaluation.split = "validation"  # watched during the run; test at the end
+  # Training batches from which BatchNorm's statistics are estimated anew for
+  # the model that is evaluated; 0: it has the running averages.
+  c.evaluation.recalibrate = 0
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 200  # steps; 0: only at the end and when interrupted

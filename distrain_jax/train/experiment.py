@@ -1,5 +1,7 @@
 """From a config to everything that a run needs, all of it checked."""
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from distrain_jax.method import Method, Variables, stateful
 from distrain_jax.train import config as configs
 from distrain_jax.train import initial, optimizers, placement, validate
 from distrain_jax.train.evaluate import evaluator, with_bits_per_byte
+from distrain_jax.train.recalibrate import recalibrator
 
 
 class Experiment(NamedTuple):
@@ -44,23 +47,27 @@ def build(c: ConfigDict) -> Experiment:
   """
   _checked_mesh(c)  # before any data is read
   dataset = data.load(c.data)
-  task, run, params, *_ = built = program(c, dataset.info)
+  _, run, params, *_ = built = program(c, dataset.info)
   if c.initial_params:
     params = _given(c, built)
   rows = placement.process_rows(run.mesh, run.method.axis)
-  return Experiment(
-    config=c,
-    run=run,
-    key=jax.random.fold_in(jax.random.key(c.seed), 1),
-    params=params,
-    batches=lambda: data.train_iterator(
+
+  def batches():
+    return data.train_iterator(
       dataset.train,
       batch_size=c.batch_size,
       seed=c.seed,
       augment=dataset.augment,
       **rows,
-    ),
-    evaluate=_evaluate(c, run, task, dataset, rows),
+    )
+
+  return Experiment(
+    config=c,
+    run=run,
+    key=jax.random.fold_in(jax.random.key(c.seed), 1),
+    params=params,
+    batches=batches,
+    evaluate=_evaluate(c, built, dataset, batches, rows),
   )
 
 
@@ -233,10 +240,16 @@ def _init_fn(task):
   return init
 
 
-def _evaluate(c, run, task, dataset, rows):
-  average = evaluator(run, task.evaluate)
+def _evaluate(c, built: Program, dataset, training_batches, rows):
+  average = evaluator(built.run, built.task.evaluate)
+  inputs, count = next(iter(example(dataset.info))), c.evaluation.recalibrate
+  recalibrate = recalibrator(built.run, built.model, inputs=inputs)
 
   def evaluate(params, split):
+    if count:
+      # Always the run's first ones: the evaluation depends on params alone.
+      with contextlib.closing(training_batches()) as batches:
+        params = recalibrate(params, itertools.islice(batches, count))
     source = getattr(dataset, split)
     batches = data.eval_batches(
       source, batch_size=c.evaluation.batch_size, **rows

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from distrain_jax.models.names import kind
 from distrain_jax.train.config import suggest
 
 
@@ -18,6 +19,8 @@ def shardings(
 
   Args:
     rules: logical axis name -> mesh axis; what is not named is replicated.
+      A rule for a kind (`mlp`) is one for all its names (`mlp_0`, `mlp_1`)
+      that have none of their own.
     names: a tree with a tuple of logical axis names per parameter.
     shapes: the same tree of arrays or ShapeDtypeStructs.
     mesh: has the axes that the rules name.
@@ -27,6 +30,7 @@ def shardings(
   """
   is_names = lambda x: isinstance(x, tuple)
   known = {a for axes in jax.tree.leaves(names, is_leaf=is_names) for a in axes}
+  known |= set(map(kind, known))
   for name in rules:
     if name not in known:
       raise ValueError(
@@ -35,7 +39,7 @@ def shardings(
       )
 
   def one(path, axes, shape):
-    spec = tuple(rules.get(axis) for axis in axes)
+    spec = tuple(rules.get(axis, rules.get(kind(axis))) for axis in axes)
     where = f"params{jax.tree_util.keystr(path)}, {shape.shape} of {axes}"
     used = [target for target in spec if target]
     if len(used) > len(set(used)):

@@ -25,6 +25,7 @@ AT_LEAST_ZERO = (
   "checkpoint.every",
   "checkpoint.keep_best",
   "evaluation.every",
+  "evaluation.recalibrate",
   "optimizer.learning_rate",
   "optimizer.warmup_steps",
   "optimizer.weight_decay",

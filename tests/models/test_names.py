@@ -106,13 +106,17 @@ def test_the_vocabulary_is_closed():
 
 
 def kept_of(name, length):
-  """Indices to keep: whole pairs, because group norm's groups are pairs."""
+  """Indices to keep: whole pairs, because group norm's groups are pairs.
+
+  Others for each number, so that blocks that shared a name would not fit.
+  """
   kind = vocabulary.kind(name)
   if kind in vocabulary.BLOCKS:
     return np.array([0, 2])
   if kind in vocabulary.NEURONS:
-    pairs = np.arange(length).reshape(-1, 2)
-    return pairs[np.r_[0 : len(pairs) : 3, 1 : len(pairs) : 3]].ravel()
+    pairs, number = np.arange(length).reshape(-1, 2), name[len(kind) + 1 :]
+    first, second = (int(number or 0) + k for k in range(2))
+    return np.r_[pairs[first % 3 :: 3], pairs[second % 3 :: 3]].ravel()
   return np.arange(length)
 
 

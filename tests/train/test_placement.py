@@ -34,6 +34,17 @@ def test_a_rule_shards_every_axis_of_its_name(mesh):
   }
 
 
+def test_a_rule_for_a_kind_is_one_for_its_numbers_but_those_of_their_own(mesh):
+  names = {k: (f"mlp_{k}", "embed") for k in range(3)}
+  shapes = {k: jax.ShapeDtypeStruct((8, 8), np.float32) for k in range(3)}
+  rules = {"mlp": "tensor", "mlp_1": "fsdp"}
+  found = placement.shardings(rules, names, shapes, mesh(2, tensor=2, fsdp=2))
+  wanted = {0: "tensor", 1: "fsdp", 2: "tensor"}
+  assert {k: x.spec for k, x in found.items()} == {
+    k: P(axis, None) for k, axis in wanted.items()
+  }
+
+
 def test_without_rules_everything_is_replicated(mesh):
   for spec in jax.tree.leaves(
     specs({}, mesh(4)), is_leaf=lambda x: isinstance(x, P)

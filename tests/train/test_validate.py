@@ -35,6 +35,7 @@ MESH = {"data": 8}
     ("checkpoint.every", -1, "must be at least 0"),
     ("checkpoint.keep_best", -1, "must be at least 0"),
     ("evaluation.every", -1, "must be at least 0"),
+    ("evaluation.recalibrate", -1, "must be at least 0"),
     ("optimizer.learning_rate", -0.1, "must be at least 0"),
     ("optimizer.warmup_steps", -1, "must be at least 0"),
     ("optimizer.weight_decay", -0.1, "must be at least 0"),
