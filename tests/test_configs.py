@@ -37,6 +37,7 @@ RUNS = {
   ("cifar10_resnet", None): image("cifar10", 32, 3, 10),
   ("digits", None): image("digits", 8, 1, 10),
   ("fashion_mnist", None): image("fashion_mnist", 28, 1, 10),
+  ("fashion_mnist_vit", None): image("fashion_mnist", 28, 1, 10),
   ("fineweb_llama", "134M"): text("tokens", 1024, 32_000),
   ("fineweb_llama", "500M"): text("tokens", 1024, 32_000),
   ("fineweb_llama", "1B"): text("tokens", 2048, 32_000),
@@ -134,6 +135,7 @@ def test_quick_takes_few_steps_and_other_arguments_are_refused(name, argument):
 TINY = {
   "digits": {},
   "fashion_mnist": {"model.width": 1 / 16},
+  "fashion_mnist_vit": {"model.layers": 1},
   "text": {"model.layers": 1},
   "acco/text": {"model.layers": 1},
 }

@@ -25,6 +25,8 @@ from distrain_jax.models.tasks import classification_loss as classification_loss
 from distrain_jax.models.tasks import evaluation as evaluation
 from distrain_jax.models.tasks import language_model_loss as language_model_loss
 from distrain_jax.models.tasks import task as task
+from distrain_jax.models.vit import ViT as ViT
+from distrain_jax.models.vit import ViTConfig as ViTConfig
 from distrain_jax.models.zoo import abstract as abstract
 from distrain_jax.models.zoo import create as create
 from distrain_jax.models.zoo import init as init

@@ -30,7 +30,7 @@ from distrain_jax.models.layers import (
 )
 from distrain_jax.models.llama import ATTENTION
 from distrain_jax.models.names import numbered
-from distrain_jax.models.options import DTYPES
+from distrain_jax.models.norms import layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,21 +123,6 @@ def _bias(module, name, axis, size, writer=False):
   return parameter(module, name, zeros, (size,), (axis,), dtype, writer)
 
 
-def _norm(config, name):
-  """LayerNorm over `embed`, computed in float32."""
-  boxed = lambda init: nn.with_logical_partitioning(init, ("embed",))
-  return nn.LayerNorm(
-    config.norm_eps,
-    dtype=DTYPES[config.dtype],
-    param_dtype=DTYPES[config.param_dtype],
-    scale_init=boxed(nn.initializers.ones),
-    bias_init=boxed(nn.initializers.zeros),
-    # E[x^2] - E[x]^2 cancels where the mean is large.
-    use_fast_variance=False,
-    name=name,
-  )
-
-
 class Attention(nn.Module):
   """Causal attention, x (b, t, e) -> (b, t, e); softmax in float32.
 
@@ -207,10 +192,10 @@ class Block(nn.Module):
       nn.Dropout, c.dropout, deterministic=not self.train
     )
     kept = stochastic_depth(self, c.stochastic_depth, self.train)
-    y = _norm(c, "attention_norm")(x)
+    y = layer_norm(c, "attention_norm")(x)
     y = Attention(c, self.window, self.index, name="attention")(y)
     x = x + kept(drop(name="attention_dropout")(y))
-    y = _norm(c, "feed_forward_norm")(x)
+    y = layer_norm(c, "feed_forward_norm")(x)
     y = FeedForward(c, self.index, name="feed_forward")(y)
     return x + kept(drop(name="feed_forward_dropout")(y))
 
@@ -269,7 +254,7 @@ class GPTNeo(nn.Module):
     (x,) = computing(
       self.config, jnp.take(table, tokens, axis=0) + places[None, :t]
     )
-    x = _norm(c, "final_norm")(self._blocks(x, train))
+    x = layer_norm(c, "final_norm")(self._blocks(x, train))
     return x, *computing(self.config, table.T)
 
   @nn.nowrap

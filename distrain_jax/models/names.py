@@ -31,6 +31,7 @@ MEANING = {
   "inputs": "flattened input features",
   "layers": "stacked transformer blocks, or pairs of them that alternate",
   "mlp": "hidden units of a transformer block's feed-forward part",
+  "patches": "patches of an image that have a learned position, row by row",
   "positions": "places in a row of tokens that have a learned embedding",
   "queries": "query heads that share one key-value head",
   "spatial": "height (spatial_0) and width (spatial_1) of a kernel",

@@ -1,4 +1,4 @@
-"""Normalisation over the channels that are there: batch, group, RMS.
+"""Normalisation over the channels that are there: batch, group, RMS, layer.
 
 Statistics, scale and bias are float32 inside; the result has the input's dtype.
 Letters in shapes: b images, h height, w width, c channels, g groups.
@@ -16,6 +16,7 @@ from distrain_jax.models.layers import (
   parameter,
   to_float32,
 )
+from distrain_jax.models.options import DTYPES
 
 
 def _scale_and_bias(module, x):
@@ -140,3 +141,26 @@ class RMSNorm(nn.Module):
     y = to_float32(x)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
     return (y * along_channels(to_float32(scale), y)).astype(x.dtype)
+
+
+def layer_norm(config, name: str) -> nn.LayerNorm:
+  """x (..., embed) -> scale * (x - mean) / sqrt(variance + eps) + bias.
+
+  Flax's layer with our axis names, of which the result has the dtype of the
+  computation. Ba et al., 2016, https://arxiv.org/abs/1607.06450.
+
+  Args:
+    config: a transformer's, of which `norm_eps`, `dtype` and `param_dtype`.
+    name: the layer's key among the parameters of the module that calls.
+  """
+  boxed = lambda init: nn.with_logical_partitioning(init, ("embed",))
+  return nn.LayerNorm(
+    config.norm_eps,
+    dtype=DTYPES[config.dtype],
+    param_dtype=DTYPES[config.param_dtype],
+    scale_init=boxed(nn.initializers.ones),
+    bias_init=boxed(nn.initializers.zeros),
+    # E[x^2] - E[x]^2 cancels where the mean is large.
+    use_fast_variance=False,
+    name=name,
+  )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax.method import Variables
-from distrain_jax.models import gpt_neo, llama
+from distrain_jax.models import gpt_neo, llama, vit
 from distrain_jax.models.mlp import MLP
 from distrain_jax.models.options import pick, suggest
 from distrain_jax.models.resnet import ResNet
@@ -21,15 +21,17 @@ RESNETS = {
   "resnet50": {"stages": (3, 4, 6, 3), "bottleneck": True},
 }
 # name -> the module, its config's presets; `preset` starts from one of them
-DECODERS = {
+TRANSFORMERS = {
   "gpt_neo": (gpt_neo.GPTNeo, gpt_neo.PRESETS),
   "llama": (llama.Llama, llama.PRESETS),
+  "vit": (vit.ViT, vit.PRESETS),
 }
 # name -> the class whose fields are the options
 MODELS = {
   "gpt_neo": gpt_neo.GPTNeoConfig,
   "llama": llama.LlamaConfig,
   "mlp": MLP,
+  "vit": vit.ViTConfig,
   **dict.fromkeys(RESNETS, ResNet),
 }
 
@@ -45,7 +47,7 @@ def option_types(name: str) -> dict[str, Any]:
   hints = typing.get_type_hints(model)
   fields = [f.name for f in dataclasses.fields(model) if f.init]
   types = {field: hints[field] for field in fields if field not in mine}
-  if name in DECODERS:
+  if name in TRANSFORMERS:
     types["preset"] = str
   return dict(sorted(types.items()))
 
@@ -59,10 +61,11 @@ def create(name: str, **options: Any) -> nn.Module:
   """The model called `name`, one of `MODELS`.
 
   Args:
-    name: mlp, resnet18, resnet34, resnet50, llama or gpt_neo.
-    **options: fields of `MLP`, `ResNet`, `LlamaConfig` or `GPTNeoConfig`, as
-      plain values. For the last two, `preset` sets those that are not given:
-      of llama tiny, 134M, 500M or 1B; of gpt_neo tiny, 125M, 1.3B or 2.7B.
+    name: mlp, resnet18, resnet34, resnet50, vit, llama or gpt_neo.
+    **options: fields of `MLP`, `ResNet`, `ViTConfig`, `LlamaConfig` or
+      `GPTNeoConfig`, as plain values. For the last three, `preset` sets those
+      that are not given: of vit tiny, S/16 or B/16; of llama tiny, 134M, 500M
+      or 1B; of gpt_neo tiny, 125M, 1.3B or 2.7B.
 
   Returns:
     A Flax Linen module: `model.apply({"params": params}, inputs, train=False)`.
@@ -79,9 +82,9 @@ def create(name: str, **options: Any) -> nn.Module:
       raise ValueError(
         f"models: {name} has no option {option!r}. {suggest(option, valid)}"
       )
-  if name not in DECODERS:
+  if name not in TRANSFORMERS:
     return MODELS[name](**RESNETS.get(name, {}), **options)
-  model, presets = DECODERS[name]
+  model, presets = TRANSFORMERS[name]
   config = pick(f"{name}: preset", options.pop("preset", "tiny"), presets)
   if "head_dim" in valid and {"embed", "heads"} & options.keys():
     options.setdefault("head_dim", None)  # follows them, not the preset

@@ -6,9 +6,9 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-# A logical axis along which parameters of different layers are stacked: it
-# makes no matrix of a vector.
-STACKED = "layers"
+# Logical axes that make no matrix of a vector: along the first, parameters of
+# different layers are stacked; the second cuts a vector into heads.
+NOT_COUNTED = {"layers", "head_dim"}
 
 
 def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
@@ -38,7 +38,8 @@ def decay_mask(names: Any) -> Any:
 
   Args:
     names: the parameters' logical axis names, as `models.logical_names` gives
-      them. A layer's bias has one axis, also where layers are stacked.
+      them. A layer's bias has one axis, also where layers are stacked or it is
+      cut into heads.
 
   Returns:
     A pytree of bools of the parameters' structure. It is made of the whole
@@ -47,7 +48,7 @@ def decay_mask(names: Any) -> Any:
   >>> decay_mask({"scale": ("layers", "embed"), "up": ("embed", "mlp")})
   {'scale': False, 'up': True}
   """
-  decays = lambda axes: sum(name != STACKED for name in axes) > 1
+  decays = lambda axes: len(set(axes) - NOT_COUNTED) > 1
   is_names = lambda x: isinstance(x, tuple)
   return jax.tree.map(decays, names, is_leaf=is_names)
 

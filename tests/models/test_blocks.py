@@ -19,6 +19,9 @@ LLAMA = functools.partial(
 NEO = functools.partial(
   models.create, "gpt_neo", embed=16, heads=4, mlp=12, window=3, scan=False
 )
+VIT = functools.partial(
+  models.create, "vit", embed=16, heads=4, mlp=12, scan=False
+)
 # A model, its input, its blocks that can be left out, and the model that is
 # left without the last of them, with the key of each block that it keeps.
 MODELS = {
@@ -57,6 +60,12 @@ MODELS = {
     TOKENS,
     ("block_0", "block_1", "block_2"),
     NEO(layers=2),
+  ),
+  "vit": (
+    VIT(layers=3),
+    IMAGES,
+    ("block_0", "block_1", "block_2"),
+    VIT(layers=2),
   ),
 }
 
@@ -98,7 +107,7 @@ def test_the_blocks_that_can_be_left_out(made):
 
 @pytest.mark.parametrize(
   "name, example",
-  [("llama", TOKENS), ("gpt_neo", TOKENS), ("mlp", IMAGES)],
+  [("llama", TOKENS), ("gpt_neo", TOKENS), ("vit", IMAGES), ("mlp", IMAGES)],
 )
 def test_stacked_blocks_and_hidden_layers_are_no_keys(name, example):
   assert models.blocks(models.create(name), example) == ()
@@ -201,12 +210,12 @@ def test_scaling_its_writers_scales_what_a_branch_adds(made):
 
 
 @pytest.mark.parametrize(
-  "name, options",
-  [("llama", {"layers": 2}), ("gpt_neo", {"layers": 2})],
+  "name, example",
+  [("llama", TOKENS), ("gpt_neo", TOKENS), ("vit", IMAGES)],
 )
-def test_stacked_blocks_have_the_writers_of_others(name, options):
+def test_stacked_blocks_have_the_writers_of_others(name, example):
   find = lambda scan: models.branch_writers(
-    models.create(name, scan=scan, **options), TOKENS
+    models.create(name, scan=scan, layers=2), example
   )
   stacked, apart = find(True)["blocks"], find(False)
   if name == "gpt_neo":

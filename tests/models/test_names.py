@@ -15,6 +15,7 @@ IMAGES, TOKENS = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 5), jnp.int32)
 NARROW = {"width": 1 / 8, "group_size": 2, "zero_last_scale": False}
 SMALL = {"embed": 16, "layers": 4, "heads": 8, "kv_heads": 4, "mlp": 12}
 NEO = {"embed": 16, "heads": 8, "mlp": 12, "window": 3}
+VIT = {"embed": 16, "heads": 8, "mlp": 12}
 MODELS = {
   "mlp": (models.create("mlp", widths=(12, 8)), IMAGES),
   "resnet": (models.ResNet(stages=(1, 1), **NARROW), IMAGES),
@@ -32,6 +33,11 @@ MODELS = {
   "gpt_neo, not scanned": (
     models.create("gpt_neo", **NEO, layers=3, scan=False),
     TOKENS,
+  ),
+  "vit": (models.create("vit", **VIT, layers=4), IMAGES),
+  "vit, not scanned": (
+    models.create("vit", **VIT, layers=3, scan=False, positions="sincos"),
+    IMAGES,
   ),
 }
 is_names = lambda x: isinstance(x, tuple)

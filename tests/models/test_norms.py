@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distrain_jax.models.norms import BatchNorm, GroupNorm
+from distrain_jax import models
+from distrain_jax.models.norms import BatchNorm, GroupNorm, layer_norm
 
 X = np.float32(np.random.default_rng(1).normal(3, 2, (8, 3, 3, 6)))
 
@@ -93,3 +94,22 @@ def test_the_axis_is_not_needed_for_init_or_evaluation():
   layer = BatchNorm("conv_out", axis_name="data")
   variables = started(layer)
   assert layer.apply(variables, X, False).shape == X.shape
+
+
+def test_layer_norm_survives_a_large_mean_and_returns_the_config_s_dtype():
+  config = models.ViTConfig(norm_eps=1e-5, dtype="bfloat16")
+  layer, rng = layer_norm(config, "final_norm"), np.random.default_rng(0)
+  boxed = jax.eval_shape(lambda: layer.init(jax.random.key(0), X))["params"]
+  assert {n: box.names for n, box in boxed.items()} == {
+    "scale": ("embed",),
+    "bias": ("embed",),
+  }
+  params = {name: 1 + rng.random(6, np.float32) for name in boxed}
+  x = 1e4 + X
+  exact = np.asarray(x, np.float64)
+  exact = exact - exact.mean(-1, keepdims=True)
+  exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
+  wanted = exact * params["scale"] + params["bias"]
+  y = layer.apply({"params": params}, x)
+  assert y.dtype == jnp.bfloat16
+  close(y.astype(jnp.float32), wanted, 2e-2)

@@ -21,6 +21,7 @@ MODELS = {
     TOKENS,
   ),
   "gpt_neo": (lambda **o: models.create("gpt_neo", **APART, **o), TOKENS),
+  "vit": (lambda **o: models.create("vit", **APART, **o), IMAGES),
   "resnet": (
     lambda **o: models.ResNet(stages=(LAYERS,), norm="group", **RESNET, **o),
     IMAGES,
@@ -191,7 +192,7 @@ def test_dropped_channels_are_back_in_evaluation():
   np.testing.assert_array_equal(found, run(plain, variables, IMAGES))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neo", "resnet18"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "vit", "resnet18"])
 def test_a_rate_that_drops_everything_is_refused(name):
   with pytest.raises(ValueError, match=r"`stochastic_depth` must be in \[0, 1"):
     models.create(name, stochastic_depth=1.0)

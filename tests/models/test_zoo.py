@@ -15,13 +15,14 @@ def test_an_unknown_model_names_the_nearest_and_all():
   with pytest.raises(ValueError, match=r"'resnet8' .* Did you mean 'resnet18'"):
     models.create("resnet8")
   with pytest.raises(
-    ValueError, match="Valid: gpt_neo, llama, mlp, resnet18, resnet34, resnet50"
+    ValueError,
+    match="Valid: gpt_neo, llama, mlp, resnet18, resnet34, resnet50, vit",
   ):
     models.create("transformer")
 
 
 @pytest.mark.parametrize(
-  "name", ["mlp", "resnet18", "resnet50", "llama", "gpt_neo"]
+  "name", ["mlp", "resnet18", "resnet50", "vit", "llama", "gpt_neo"]
 )
 def test_every_valid_option_is_accepted_at_its_default(name):
   model = models.create(name)

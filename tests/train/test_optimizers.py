@@ -58,19 +58,22 @@ MODELS = {
   "llama": SMALL | {"layers": 2, "kv_heads": 2},
   "llama, not scanned": SMALL | {"layers": 2, "kv_heads": 2, "scan": False},
   "gpt_neo": SMALL | {"layers": 4, "window": 3},
+  "vit": SMALL | {"layers": 2},
 }
 # Ends of the paths of what is a matrix, whether or not layers are stacked.
 MATRICES = ("key", "query", "value", "out", "down", "gate", "up", "embedding")
-MATRICES += ("output", "position")
+MATRICES += ("output", "position", "patch", "kernel")
 
 
 @pytest.fixture(params=MODELS, scope="module")
 def named(request):
   """(parameters, their logical names) of a small model."""
   model = models.create(request.param.split(",")[0], **MODELS[request.param])
-  tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-  params = models.init(model, jax.random.key(0), tokens).params
-  return params, models.logical_names(model, tokens)
+  example = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+  if request.param == "vit":
+    example = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+  params = models.init(model, jax.random.key(0), example).params
+  return params, models.logical_names(model, example)
 
 
 def is_matrix(path) -> bool:
