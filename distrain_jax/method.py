@@ -92,3 +92,7 @@ class Method(NamedTuple):
   reshard: Callable[[State, int], State] | None = None
   # Whether workers may start from different models (`per_worker=True`).
   population: bool = False
+  # (fn, state) -> fn(the model that this worker trains, or the Variables),
+  # where workers' models differ; fn says nothing to other workers. None: they
+  # are all alike.
+  member: Callable[[Callable[[Params], Any], State], Any] | None = None

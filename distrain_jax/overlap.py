@@ -60,7 +60,7 @@ def beside(
   work: Callable[[Any, jax.Array], Any],
   carry: Any,
   trips: int | jax.Array,
-  sums: Params,
+  sent: Buffers,
   turn: Callable[[Params], tuple[Params, Any]],
   wire: Any,
 ) -> tuple[Any, Params, Any]:
@@ -71,7 +71,7 @@ def beside(
     work: `(carry, i) -> carry`, micro-batch i.
     carry: what it starts from.
     trips: how many micro-batches, at least 2 S; may differ by worker.
-    sums: this worker's gradient sums, to be summed over the workers.
+    sent: this worker's gradient sums, to be summed over the workers: `packed`.
     turn: `(pieces of the sum, float32) -> (pieces, out)`: the update.
     wire: how its pieces travel back: `wires.Plain` or `wires.Quantised`.
 
@@ -79,11 +79,13 @@ def beside(
     `(carry, the whole tree of the gathered pieces, out)`.
   """
   slices = exchange.slices
-  sent = _packed(exchange, sums)
   scatter, gather = _scatter(exchange), _gather(exchange.axis)
   carry, got = _with_slices(scatter, slices, work, carry, 0, sent, {})
   pieces, out = turn(_unpacked(exchange, got))
   send = wire.encode(exchange.layout, pieces, max(slices, 1))
+  # All of the update now: XLA would keep what `out` is made of, in float32, to
+  # the end, and make it there.
+  send, out = jax.lax.optimization_barrier((send, out))
   # Gradients that have been sent are of no more use: parameters take their
   # place, so that one buffer serves both collectives.
   carry, got = _with_slices(gather, slices, work, carry, slices, send, sent)
@@ -96,7 +98,7 @@ def beside(
 def scatter_sums(exchange: Exchange, sums: Params) -> Params:
   """The pieces of the workers' sum, float32, with nothing beside it."""
   leg = _scatter(exchange)
-  send = _packed(exchange, sums)
+  send = packed(exchange, sums)
   return _unpacked(
     exchange, {k: leg.land(leg.talk(x)) for k, x in send.items()}
   )
@@ -107,7 +109,8 @@ def gather_pieces(exchange: Exchange, pieces: Params) -> Params:
   return exchange.layout.all_gather(pieces, exchange.axis)
 
 
-def _packed(exchange: Exchange, sums: Params) -> Buffers:
+def packed(exchange: Exchange, sums: Params) -> Buffers:
+  """Gradient sums as they travel: {name: (N, R, C)}, in the wire's dtype."""
   dtypes = _wire_dtypes(exchange)
   rows = [x.astype(d) for x, d in zip(exchange.layout.rows(sums), dtypes)]
   return exchange.layout.pack(rows, max(exchange.slices, 1))

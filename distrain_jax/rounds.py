@@ -175,7 +175,8 @@ def half(
     number: which half.
     where: the whole parameters that the loss sees.
     model_state: the loss's own.
-    sums, turn, wire: see `overlap.beside`.
+    sums: this worker's of the half before, to be summed over the workers.
+    turn, wire: see `overlap.beside`.
     after: a scalar of the half before, for `gradients.late_zeros`.
 
   Returns:
@@ -194,10 +195,13 @@ def half(
       i < count, lambda c: every(c, i), lambda c: c, carry
     )
     trips = jnp.maximum(count, 2 * plan.slices)
+  talk = exchange(plan, where)
+  sent = overlap.packed(talk, sums)
+  if after is not None:
+    # Sums that were copied to be sent have left their memory to the new ones.
+    sent, after = jax.lax.optimization_barrier((sent, after))
   start = gradients.zeros(one, where, model_state, todo.micro, key, after)
-  return overlap.beside(
-    exchange(plan, where), work, start, trips, sums, turn, wire
-  )
+  return overlap.beside(talk, work, start, trips, sent, turn, wire)
 
 
 def waiting(plan: Plan, sums: Params) -> Params:

@@ -44,6 +44,13 @@ def join(loss_fn, params: Params, model_state, axis: str):
   return Variables(params, model_state)
 
 
+def own(loss_fn, params: Params, model_state):
+  """A worker's own model: what `split` took, nothing averaged."""
+  if not isinstance(loss_fn, StatefulLoss):
+    return params
+  return Variables(params, model_state)
+
+
 def after_step(loss_fn, model_state, axis: str):
   """What the workers do with model_state at the end of a step."""
   if _stats(loss_fn) == "averaged":

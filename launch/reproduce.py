@@ -36,6 +36,7 @@ STEPS = flags.DEFINE_integer("steps", None, "Of each run; unset: the table's.")
 ROWS = flags.DEFINE_multi_string("row", None, "One of them; unset: all.")
 WORKERS = 8
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+PROGRAMS = ("run", "evaluate", "evaluate_members")  # of an experiment
 SMOOTH = 0.05  # of a curve's length: how far the training loss is averaged
 
 Found = dict[str, Any]  # what METHOD.json holds
@@ -112,7 +113,7 @@ def one(
   if not any("test_loss" in x and x["step"] == c.steps for x in lines):
     experiment = train.build(c)
     if row in built:  # the same programs: a seed changes only values
-      programs = {f: getattr(built[row], f) for f in ("run", "evaluate")}
+      programs = {f: getattr(built[row], f) for f in PROGRAMS}
       experiment = experiment._replace(**programs)
     built[row] = experiment
     train.train(experiment, folder, label=f"{row}, seed {seed}")

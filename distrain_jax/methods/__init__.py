@@ -14,6 +14,8 @@ from distrain_jax.methods.fsdp import fsdp as fsdp
 from distrain_jax.methods.guard import guard as guard
 from distrain_jax.methods.local_sgd import LocalSGDState as LocalSGDState
 from distrain_jax.methods.local_sgd import local_sgd as local_sgd
+from distrain_jax.methods.sdp import SDPState as SDPState
+from distrain_jax.methods.sdp import sdp as sdp
 from distrain_jax.methods.zero1 import Zero1State as Zero1State
 from distrain_jax.methods.zero1 import zero1 as zero1
 
@@ -27,6 +29,7 @@ FACTORIES = {
   "weight_prediction": weight_prediction,
   "local_sgd": local_sgd,
   "diloco": diloco,
+  "sdp": sdp,
 }
 
 # How often a step cuts a worker's share into `accumulate` micro-batches: once,

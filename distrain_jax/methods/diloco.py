@@ -238,7 +238,12 @@ def diloco(
 
   stats = variables.spec(loss_fn, axis)
   specs = DiLoCoState(P(), P(axis), stats, P(axis), outer=P())
-  return Method("diloco", axis, init, step, params, specs, reshard)
+  member = lambda fn, state: fn(
+    variables.own(loss_fn, state.params, state.model_state)
+  )
+  return Method(
+    "diloco", axis, init, step, params, specs, reshard, member=member
+  )
 
 
 def schedule(sync_every: int, fragments: int) -> np.ndarray:

@@ -81,10 +81,14 @@ def guard(
   def reshard(state: GuardState, workers: int) -> GuardState:
     return state._replace(inner=method.reshard(state.inner, workers))
 
+  def member(fn, state: GuardState):
+    return method.member(fn, state.inner)
+
   return method._replace(
     init=init,
     step=step,
     params=lambda state: method.params(state.inner),
     specs=GuardState(inner=method.specs, good=P(), bad=P(), mean_loss=P()),
     reshard=None if method.reshard is None else reshard,
+    member=None if method.member is None else member,
   )

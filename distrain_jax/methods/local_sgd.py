@@ -116,4 +116,9 @@ def local_sgd(
 
   stats = variables.spec(loss_fn, axis)
   specs = LocalSGDState(P(), P(axis), stats, P(axis))
-  return Method("local_sgd", axis, init, step, params, specs, reshard)
+  member = lambda fn, state: fn(
+    variables.own(loss_fn, state.params, state.model_state)
+  )
+  return Method(
+    "local_sgd", axis, init, step, params, specs, reshard, member=member
+  )

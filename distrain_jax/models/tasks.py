@@ -31,6 +31,10 @@ class Task(NamedTuple):
   stateful: bool
   # (variables or params, batch) -> sums over rows, see `evaluation`.
   evaluate: Callable[[Any, Batch], Metrics]
+  # (variables or params, batch) -> logits (b, classes) or (b, t, vocab).
+  logits: Callable[[Any, Batch], jax.Array]
+  # (logits, or log-probabilities, batch) -> what `evaluate` returns.
+  score: Callable[[jax.Array, Batch], Metrics]
 
 
 def classification_loss(
@@ -133,28 +137,11 @@ def evaluation(
   chunked_loss.check(model, logits_chunk)
 
   def evaluate(variables, batch):
-    if not isinstance(variables, Variables):
-      variables = Variables(variables, {})
-    out = model.apply(
-      {"params": variables.params, **variables.model_state},
-      batch[inputs],
-      train=False,
-      method="hidden" if logits_chunk else None,
-    )
+    out = _apply(model, variables, batch[inputs], bool(logits_chunk))
     wanted = batch[targets]
-    if logits_chunk:
-      losses, hits = chunked_loss.token_losses(*out, wanted, logits_chunk)
-    else:
-      losses, hits = cross_entropy(out, wanted), out.argmax(-1) == wanted
-    rows = batch.get("weight", jnp.ones(wanted.shape[:1], jnp.float32))
-    rows = rows.reshape(rows.shape + (1,) * (wanted.ndim - rows.ndim))
-    weight = jnp.broadcast_to(rows, wanted.shape).astype(jnp.float32)
-    total = lambda x: jnp.where(weight > 0, x * weight, 0).sum()
-    return {
-      "loss_sum": total(losses),
-      "correct_sum": total(hits),
-      "weight": weight.sum(),
-    }
+    if not logits_chunk:
+      return _score(out, wanted, batch)
+    return _sums(*chunked_loss.token_losses(*out, wanted, logits_chunk), batch)
 
   return evaluate
 
@@ -194,7 +181,39 @@ def task(
   evaluate = evaluation(
     model, inputs=inputs, targets=targets, logits_chunk=chunk
   )
-  return Task(start, loss_fn, stateful, evaluate)
+  logits = lambda variables, batch: _apply(model, variables, batch[inputs])
+  score = lambda logits, batch: _score(logits, batch[targets], batch)
+  return Task(start, loss_fn, stateful, evaluate, logits, score)
+
+
+def _apply(model, variables, x, hidden: bool = False):
+  """A model's output in evaluation, or what its logits are a product of."""
+  if not isinstance(variables, Variables):
+    variables = Variables(variables, {})
+  return model.apply(
+    {"params": variables.params, **variables.model_state},
+    x,
+    train=False,
+    method="hidden" if hidden else None,
+  )
+
+
+def _score(logits: jax.Array, wanted: jax.Array, batch: Batch) -> Metrics:
+  hits = logits.argmax(-1) == wanted
+  return _sums(cross_entropy(logits, wanted), hits, batch)
+
+
+def _sums(losses: jax.Array, hits: jax.Array, batch: Batch) -> Metrics:
+  """Over the tokens or rows that count: (b,) or (b, t) each."""
+  rows = batch.get("weight", jnp.ones(losses.shape[:1], jnp.float32))
+  rows = rows.reshape(rows.shape + (1,) * (losses.ndim - rows.ndim))
+  weight = jnp.broadcast_to(rows, losses.shape).astype(jnp.float32)
+  total = lambda x: jnp.where(weight > 0, x * weight, 0).sum()
+  return {
+    "loss_sum": total(losses),
+    "correct_sum": total(hits),
+    "weight": weight.sum(),
+  }
 
 
 def _loss_fn(model, inputs, measure, stateful, method=None):

@@ -7,6 +7,7 @@ result = train.train(train.build(config), "runs/mine")
 
 from distrain_jax.train.checkpoint import Checkpoints as Checkpoints
 from distrain_jax.train.config import default_config as default_config
+from distrain_jax.train.config import import_config as import_config
 from distrain_jax.train.config import model_config as model_config
 from distrain_jax.train.config import quick_or as quick_or
 from distrain_jax.train.curves import draw as draw

@@ -4,6 +4,7 @@ A thin layer over Orbax: what to keep, how to resume on another number of
 workers, and how a save that was cut short leaves no trace.
 """
 
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -27,13 +28,22 @@ class Checkpoints:
   Leaving it waits for the last save, so that nothing is lost.
   """
 
-  def __init__(self, folder: Path, *, keep: int = 2, keep_best: int = 1):
+  def __init__(
+    self,
+    folder: Path,
+    *,
+    keep: int = 2,
+    keep_best: int = 1,
+    reading: bool = False,
+  ):
     """Opens the folder, and clears what an interrupted save left.
 
     Args:
       folder: where; made if it is not there.
       keep: how many of the latest to keep.
       keep_best: how many more to keep, of those with the lowest loss.
+      reading: nothing will be saved, and what is not complete stays: it may be
+        a save of a run that goes on.
     """
     _quiet()
     context = ocp.Context()
@@ -50,7 +60,7 @@ class Checkpoints:
       context=context,
       save_decision_policy=_Always(),
       preservation_policy=policies.AnyPreservationPolicy(kept),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=not reading,
     )
 
   def __enter__(self):
@@ -93,14 +103,15 @@ class Checkpoints:
       overwrite=True,
     )
 
-  def restore(self, step: int, run: Run, key, params, batches) -> Any:
+  def restore(self, step: int, run: Run, key, params, batches=None) -> Any:
     """The state saved at `step`, on this run's workers; batches move on too.
 
     Args:
       step: one of `steps`.
       run: the run to resume, on any number of workers.
       key, params: as for `run.init`; only shapes are used.
-      batches: a fresh data iterator, which is set to where it was.
+      batches: a fresh data iterator, which is set to where it was; None: the
+        state alone is wanted.
 
     Raises:
       ValueError: for a checkpoint of another method, model or optimizer, or of
@@ -113,6 +124,7 @@ class Checkpoints:
         f"The checkpoint at step {step} in {self._orbax.directory} is of "
         f"{saved['method']}, not of {run.method.name}. Set "
         f"--config.method.name={saved['method']}, or start in another folder."
+        + self._way_over(step)
       )
     same = saved["workers"] == run.workers
     mine = like = run.abstract(key, params)
@@ -121,7 +133,8 @@ class Checkpoints:
         run.adopt(None)  # says why it cannot, before anything is read
       like = _of_other_workers(run, saved["workers"], key, params)
     self._check_fits(step, metadata.metadata["state"], like)
-    self._restore_data(step, batches)
+    if batches is not None:
+      self._restore_data(step, batches)
     state = self._orbax.load_checkpointables(step, {"state": like})["state"]
     return state if same else _lay(run.adopt(state), mine)
 
@@ -140,7 +153,19 @@ class Checkpoints:
           f"another model or optimizer: {name} is {there or 'missing'} there, "
           f"{here or 'missing'} here. Go back to the config that it was made "
           "with (config.json beside it), or start in another folder."
+          + self._way_over(step)
         )
+
+  def _way_over(self, step: int) -> str:
+    """How to go on with a run's model where its state is of no use."""
+    run = self._orbax.directory.parent
+    if not (run / "config.json").is_file():
+      return ""  # no trainer's folder
+    return (
+      " Its model can be taken along, into any method, number of workers or "
+      f"split: python launch/export.py {run} {run}.safetensors --step={step}, "
+      f"then --config.initial_params={run}.safetensors in another folder."
+    )
 
   def _restore_data(self, step: int, batches: Any) -> None:
     """Apart from the state, so that the iterator's own errors are heard."""
@@ -148,6 +173,27 @@ class Checkpoints:
       self._orbax.load_checkpointables(step, {"data": saveable(batches)})
     except KeyError as e:  # Orbax's, from what the iterator raised
       raise e.__cause__ or e from None
+
+
+def saved_workers(folder: Path, step: int | None = None) -> tuple[int, int]:
+  """(step, the number of workers) of a checkpoint; JAX need not have started.
+
+  Args:
+    folder: that of all checkpoints.
+    step: None: the latest.
+
+  Raises:
+    FileNotFoundError: if there is none, with those that there are.
+  """
+  steps = sorted(int(x.name) for x in folder.glob("[0-9]*") if x.name.isdigit())
+  if not steps or step not in (None, *steps):
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+    there = f"those of {', '.join(map(str, steps))}" if steps else "none"
+    raise FileNotFoundError(f"{folder}: no {wanted}; there are {there}.")
+  step = steps[-1] if step is None else step
+  # Orbax reads this file for us elsewhere, but starts JAX for it.
+  file = folder / str(step) / "_CHECKPOINT_METADATA"
+  return step, json.loads(file.read_text())["custom_metadata"]["workers"]
 
 
 def _of_other_workers(run: Run, workers: int, key, params) -> Any:

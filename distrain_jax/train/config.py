@@ -5,9 +5,12 @@ command line changes more (`--config.batch_size=64`).
 """
 
 import difflib
+import importlib.util
 import inspect
 import typing
 from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -15,7 +18,15 @@ from ml_collections import ConfigDict, config_dict
 from distrain_jax import methods, models
 
 # Options that the trainer itself passes to a method or a loss.
-OWN_OPTIONS = ("axis", "bytes_per_token", "stateful")
+OWN_OPTIONS = (
+  "axis",
+  "blocks",
+  "bytes_per_token",
+  "names",
+  "shapes",
+  "stateful",
+  "writers",
+)
 
 
 def default_config() -> ConfigDict:
@@ -73,6 +84,9 @@ def default_config() -> ConfigDict:
   # Training batches from which BatchNorm's statistics are estimated anew for
   # the model that is evaluated; 0: it has the running averages.
   c.evaluation.recalibrate = 0
+  # At the end also score the workers' own models, where the method trains
+  # different ones: their mean, and the ensemble of their probabilities.
+  c.evaluation.members = False
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 200  # steps; 0: only at the end and when interrupted
@@ -137,6 +151,23 @@ def quick_or(steps: int, arg: str | None) -> int:
   return 20 if arg == "quick" else steps
 
 
+def import_config(path: str, *, beside: str) -> ModuleType:
+  """Another config file, to start from.
+
+  Config files are given by path and belong to no package, so that one cannot
+  import another by its name.
+
+  Args:
+    path: of the file, as seen from the folder of `beside`.
+    beside: the file that asks: `__file__`.
+  """
+  file = (Path(beside).parent / path).resolve(strict=True)
+  spec = importlib.util.spec_from_file_location(f"{file.stem}_config", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
 def method_options() -> dict[str, Any]:
   """All options of all methods, as unset fields of the right type."""
   fields: dict[str, Any] = {}
@@ -150,6 +181,11 @@ def method_options() -> dict[str, Any]:
 def default_of(factory, option: str) -> Any:
   """The default value of a factory's keyword-only option."""
   return inspect.signature(factory).parameters[option].default
+
+
+def takes(factory, option: str) -> bool:
+  """Whether a factory has such an option."""
+  return option in inspect.signature(factory).parameters
 
 
 def suggest(given: str, known: Iterable[str]) -> str:

@@ -27,21 +27,34 @@ def evaluator(
   jitted = jax.jit(sums_of)
 
   def evaluate(params, batches):
-    totals: dict[str, float] = {}
-    running: Mapping[str, Any] = {}
-    for batch in batches:
-      with spmd.no_current_mesh():
-        sums = jitted(params, run.put(batch))
-      _add(totals, running)  # of the batch before, while this one runs
-      running = sums
-    _add(totals, running)
-    weight = totals.pop("weight", 0.0)
-    if not weight:
-      raise ValueError("evaluate: the split has no rows that count.")
-    means = {name: total / weight for name, total in totals.items()}
-    return {"loss": means["loss_sum"], "accuracy": means["correct_sum"]}
+    return averages(lambda batch: jitted(params, run.put(batch)), batches)
 
   return evaluate
+
+
+def averages(
+  sums_of: Callable[[Any], Mapping[str, jax.Array]], batches: Iterable[Any]
+) -> dict[str, float]:
+  """Sums of batches -> averages over all that counts.
+
+  Args:
+    sums_of: (batch) -> {"loss_sum", "correct_sum", "weight"}; a name may have
+      something before it: "members_loss_sum" becomes "members_loss".
+    batches: at least one with a row that counts.
+  """
+  totals: dict[str, float] = {}
+  running: Mapping[str, Any] = {}
+  for batch in batches:
+    with spmd.no_current_mesh():
+      sums = sums_of(batch)
+    _add(totals, running)  # of the batch before, while this one runs
+    running = sums
+  _add(totals, running)
+  weight = totals.pop("weight", 0.0)
+  if not weight:
+    raise ValueError("evaluate: the split has no rows that count.")
+  named = lambda name: name.replace("correct_sum", "accuracy_sum")[:-4]
+  return {named(name): total / weight for name, total in totals.items()}
 
 
 def with_bits_per_byte(

@@ -17,6 +17,7 @@ from distrain_jax.method import Method, Variables, stateful
 from distrain_jax.train import config as configs
 from distrain_jax.train import initial, optimizers, placement, validate
 from distrain_jax.train.evaluate import evaluator, with_bits_per_byte
+from distrain_jax.train.members import members_evaluator
 from distrain_jax.train.recalibrate import recalibrator
 
 
@@ -32,6 +33,8 @@ class Experiment(NamedTuple):
   batches: Callable[[], Iterator[Any]]
   # (params, split) -> {"loss": ..., ...}, averaged over the split.
   evaluate: Callable[[Any, str], Mapping[str, float]]
+  # (state, split) -> {"members_loss": ...}; None: workers' models are alike.
+  evaluate_members: Callable[[Any, str], Mapping[str, float]] | None = None
 
 
 def build(c: ConfigDict) -> Experiment:
@@ -68,6 +71,7 @@ def build(c: ConfigDict) -> Experiment:
     params=params,
     batches=batches,
     evaluate=_evaluate(c, built, dataset, batches, rows),
+    evaluate_members=_evaluate_members(c, built, dataset, rows),
   )
 
 
@@ -101,10 +105,9 @@ def program(
     ValueError: as `build`.
   """
   mesh = _checked_mesh(c, devices)
-  axis = _axis(c.method.name)
+  axis = axis_of(c)
   model, task = _model_and_task(c, info, axis)
-  names = models.logical_names(model, next(iter(example(info).values())))
-  method = _method(c, task, names, validate.chosen_method_options(c))
+  method = _method(c, model, task, info)
   shardings = _shardings(c, model, task, info, mesh)
   run = runners.distribute(method, mesh)
 
@@ -151,7 +154,7 @@ def _abstract(c, info, task, run, shardings):
 def _checked_mesh(c, devices=None) -> Mesh:
   validate.chosen_method_options(c)
   mesh = spmd.make_mesh(c.mesh.to_dict(), devices)
-  validate.validate(c, mesh.shape, _axis(c.method.name))
+  validate.validate(c, mesh.shape, axis_of(c))
   return mesh
 
 
@@ -166,9 +169,9 @@ def example(info: data.Info) -> dict[str, jax.ShapeDtypeStruct]:
   return {"tokens": tokens, "targets": tokens}
 
 
-def _axis(method: str) -> str:
-  """The default axis of a method's factory."""
-  return configs.default_of(methods.FACTORIES[method], "axis")
+def axis_of(c: ConfigDict) -> str:
+  """The mesh axis that config.method works on."""
+  return configs.default_of(methods.FACTORIES[c.method.name], "axis")
 
 
 def _model_and_task(c, info: data.Info, axis: str):
@@ -198,16 +201,40 @@ def _model_and_task(c, info: data.Info, axis: str):
   return model, models.task(model, kind, example(info), **loss)
 
 
-def _method(c, task, names, options: Mapping[str, Any]) -> Method:
-  loss_fn = task.loss_fn
+def _method(c, model, task, info: data.Info) -> Method:
+  loss_fn, inputs = task.loss_fn, next(iter(example(info).values()))
   if task.stateful:
     loss_fn = stateful(loss_fn, stats=c.stats)
-  tx = optimizers.build(c.optimizer, c.steps, names)
-  method = methods.FACTORIES[c.method.name](loss_fn, tx, **options)
+  factory, chosen = methods.FACTORIES[c.method.name], {}
+  for option, of_model in STRUCTURE.items():
+    if configs.takes(factory, option):
+      chosen[option] = of_model(model, inputs)
+  tx = optimizers.build(
+    c.optimizer, c.steps, models.logical_names(model, inputs)
+  )
+  chosen |= validate.chosen_method_options(c)
+  method = factory(loss_fn, tx, **chosen)
   # Guarded always: a run that a bad step stopped can then go on from its last
   # checkpoint with another action, because the state has the same structure.
   action = "skip" if c.bad_step.action == "skip" else "count"
   return methods.guard(method, action=action, spike=c.bad_step.spike)
+
+
+def _names(model, inputs):
+  """Logical names of the parameters and of what is not trained."""
+  variables = models.zoo.abstract(model, inputs)
+  names = lambda kind: models.logical_names(model, inputs, collection=kind)
+  state = {kind: names(kind) for kind in variables.model_state}
+  return Variables(names("params"), state)
+
+
+# Options by which a method is told the model's structure.
+STRUCTURE = {
+  "names": _names,
+  "shapes": models.zoo.abstract,
+  "writers": models.branch_writers,
+  "blocks": models.blocks,
+}
 
 
 def _shardings(c, model, task, info, mesh: Mesh):
@@ -256,5 +283,26 @@ def _evaluate(c, built: Program, dataset, training_batches, rows):
     )
     means = average(params, batches)
     return with_bits_per_byte(means, source.info.bytes_per_token)
+
+  return evaluate
+
+
+def _evaluate_members(c, built: Program, dataset, rows):
+  method = built.run.method
+  if not c.evaluation.members:
+    return None
+  if method.member is None:
+    raise ValueError(
+      "config.evaluation.members=True scores the workers' own models, but with "
+      f"config.method.name={method.name!r} they are all alike. Set "
+      "--config.evaluation.members=False."
+    )
+  average = members_evaluator(built.run, built.task)
+
+  def evaluate(state, split):
+    batch_size = c.evaluation.batch_size
+    source = getattr(dataset, split)
+    batches = data.eval_batches(source, batch_size=batch_size, **rows)
+    return average(state, batches)
 
   return evaluate

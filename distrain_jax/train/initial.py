@@ -8,9 +8,40 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from distrain_jax.models import weights
+from distrain_jax.models import weights, zoo
 
 FIELD = "config.initial_params"
+# Options of models that change how, or how well, one is trained or computed;
+# not what it computes.
+FREE = {
+  "attention",
+  "axis_name",
+  "dropout",
+  "dtype",
+  "init_std",
+  "momentum",
+  "param_dtype",
+  "preset",
+  "remat",
+  "scan",
+  "stochastic_depth",
+  "zero_last_scale",
+}
+
+
+def description(name: str, model: nn.Module) -> dict[str, Any]:
+  """What a file of a model's parameters says of the model.
+
+  Args:
+    name: `config.model.name`.
+    model: the module of that name.
+
+  Returns:
+    The name, and the options that decide what it computes, as JSON has them.
+  """
+  fields = getattr(model, "config", model)
+  options = [x for x in zoo.valid_options(name) if x not in FREE]
+  return {"name": name} | {x: getattr(fields, x) for x in options}
 
 
 def from_file(
@@ -37,8 +68,9 @@ def from_file(
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
       f"{FIELD}={path!r}: no such file. Make one of a Hugging Face model: "
-      f"{convert}; or of any tree of parameters: "
-      "distrain_jax.models.weights.save. To start from random ones: "
+      f"{convert}; of a run's: python launch/export.py RUN FILE; or of any tree "
+      "of parameters: distrain_jax.models.weights.save. To start from random "
+      "ones: "
       f"--{FIELD}=''."
     )
   try:

@@ -201,6 +201,8 @@ class _Loop:
 
   def _evaluate(self, step: int, split: str):
     means = self.x.evaluate(self.run.params(self.state), split)
+    if split == "test" and self.x.evaluate_members:
+      means = {**means, **self.x.evaluate_members(self.state, split)}
     values = {f"{split}_{name}": value for name, value in means.items()}
     self.writer.write(step, values)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in values.items())

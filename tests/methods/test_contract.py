@@ -17,6 +17,7 @@ pytestmark = pytest.mark.core
 
 N = 4
 STEPS = 3
+WIDTH = 6  # hidden units: as many as no number of workers here divides
 
 
 def decays(params):
@@ -83,8 +84,16 @@ METHODS = {
     clip_norm=0.3,
   ),
 }
+# Rows of a method that is made for one tree and a number of workers: options.
+HALF = {"coverage": 0.5, "accumulate": 2, "clip_norm": 0.3}
+LOW = {"wire_dtype": "bfloat16", "param_dtype": "bfloat16"}
+SUBNETWORKS = {
+  "sdp": {**HALF, "assignment": "shuffled"},
+  "sdp_low": {**HALF, **LOW, "shard_optimizer": True},
+  "sdp_backward": {**HALF, "masking": "backward"},
+}
 # Numbers that travel in bfloat16 are summed in another order or precision.
-ROUNDING = {"zero1_low": 2e-2, "acco_low": 2e-2, "dpu": 2e-2}
+ROUNDING = {"zero1_low": 2e-2, "acco_low": 2e-2, "dpu": 2e-2, "sdp_low": 2e-2}
 OPTIMIZERS = {  # made once: ZeRO-1 judges each object once
   "sgd": optax.sgd(0.05),
   "momentum": optax.sgd(0.05, momentum=0.9, nesterov=True),
@@ -92,6 +101,19 @@ OPTIMIZERS = {  # made once: ZeRO-1 judges each object once
     optax.linear_schedule(0.01, 0.05, transition_steps=4), mask=decays
   ),
 }
+
+
+def make(name, loss_fn, tx, params=None, workers=N):
+  """The method of a row; `params` are the toy model's if none are given."""
+  if name in METHODS:
+    return METHODS[name](loss_fn, tx)
+  options = dict(SUBNETWORKS[name])
+  if workers == 1:
+    options["coverage"] = 1.0  # nobody else could hold the rest
+  params = make_params() if params is None else params
+  axes = lambda x: tuple("hidden" if n == WIDTH else None for n in x.shape)
+  names = jax.tree.map(axes, params)
+  return dj.sdp(loss_fn, tx, names=names, shapes=params, **options)
 
 
 def draw(key):
@@ -110,12 +132,12 @@ def loss_fn(params, batch, key):
 
 
 def make_params(dtype=jnp.float32):
-  """Sizes 15, 5, 5 and 1: nothing divides by the workers; one is a scalar."""
+  """Sizes 18, 6, 6 and 1: nothing divides by the workers; one is a scalar."""
   keys = jax.random.split(jax.random.key(1), 2)
   params = {
-    "w": jax.random.normal(keys[0], (3, 5)),
-    "b": jnp.zeros(5),
-    "v": jax.random.normal(keys[1], (5,)),
+    "w": jax.random.normal(keys[0], (3, WIDTH)),
+    "b": jnp.zeros(WIDTH),
+    "v": jax.random.normal(keys[1], (WIDTH,)),
     "gain": jnp.ones(()),
   }
   return jax.tree.map(lambda x: x.astype(dtype), params)
@@ -145,7 +167,7 @@ class Started(NamedTuple):
 
 
 def start(name, optimizer, mesh):
-  method = METHODS[name](loss_fn, OPTIMIZERS[optimizer])
+  method = make(name, loss_fn, OPTIMIZERS[optimizer])
   if mesh is None:
     run = dj.simulate(method, workers=N)
   else:
@@ -167,7 +189,7 @@ def cases(mesh):
   return case
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[*METHODS, *SUBNETWORKS])
 def name(request):
   return request.param
 
@@ -336,7 +358,7 @@ def test_keys_differ_by_worker_and_step(cases, name):
 def test_one_worker_whose_keys_are_those_of_the_first_of_many(
   name, mesh, cases
 ):
-  method = METHODS[name](loss_fn, OPTIMIZERS["adamw"])
+  method = make(name, loss_fn, OPTIMIZERS["adamw"], workers=1)
   batch, results = make_batch(workers=1), []
   for run in (dj.simulate(method, workers=1), dj.distribute(method, mesh(1))):
     state = run.init(KEY(), make_params())
@@ -351,7 +373,7 @@ def test_one_worker_whose_keys_are_those_of_the_first_of_many(
 
 
 def test_bfloat16_parameters_stay_so_and_learn(name, mesh):
-  method = METHODS[name](loss_fn, OPTIMIZERS["adamw"])
+  method = make(name, loss_fn, OPTIMIZERS["adamw"])
   run = dj.distribute(method, mesh(N))
   params = make_params(jnp.bfloat16)
   state, first = steps(run, run.init(KEY(), params), count=1)
@@ -393,7 +415,8 @@ def test_any_pytree_of_parameters_trains_alike(name, cases):
     assert node.activation is jnp.tanh
     return loss_fn(native(node), batch, key)
 
-  method = METHODS[name](foreign_loss, OPTIMIZERS["adamw"])
+  like = foreign(make_params())
+  method = make(name, foreign_loss, OPTIMIZERS["adamw"], like)
   run = dj.simulate(method, workers=N)
   state, _ = steps(run, run.init(KEY(), foreign(make_params())))
   known = cases(name, "adamw", "simulate").run
@@ -405,15 +428,22 @@ def test_any_pytree_of_parameters_trains_alike(name, cases):
 
 
 def test_a_model_of_one_scalar_trains(name):
-  def loss(scalar, batch, key):
-    return jnp.mean((scalar * batch["x"] - 1.0) ** 2), {}
+  # A subnetwork cannot have a part of a scalar: it has one beside its units.
+  units = jnp.ones(WIDTH) if name in SUBNETWORKS else None
+  params = {"scalar": jnp.ones(()), "units": units}
+
+  def loss(params, batch, key):
+    error = params["scalar"] * batch["x"] - 1.0
+    rest = jax.tree.leaves(params["units"])
+    return jnp.mean(error**2) + sum(jnp.mean(x**2) for x in rest), {}
 
   # Late gradients swing about the minimum for long where this rate is high.
-  run = dj.simulate(METHODS[name](loss, optax.adam(0.01)), workers=8)
-  state = run.init(KEY(), jnp.ones(()))
+  method = make(name, loss, optax.adam(0.01), params, workers=8)
+  run = dj.simulate(method, workers=8)
+  state = run.init(KEY(), params)
   batch = {"x": np.full(32, 2.0, np.float32)}
   for _ in range(120):
     state, _ = run.step(state, batch, KEY())
-  model = run.params(state)
-  assert model.shape == ()
-  np.testing.assert_allclose(np.float32(model), 0.5, atol=0.02)
+  scalar = run.params(state)["scalar"]
+  assert scalar.shape == ()
+  np.testing.assert_allclose(np.float32(scalar), 0.5, atol=0.02)

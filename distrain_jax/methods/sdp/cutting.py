@@ -1,0 +1,165 @@
+"""A model, read once, and cut for so many workers.
+
+Two kinds of parts are cut in two ways: arrays of which a worker has fewer units
+(`subnetworks`), and residual blocks that it has whole or not at all (`whole`).
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from distrain_jax.method import Variables
+from distrain_jax.methods.sdp import structure, subnetworks, tables, whole
+from distrain_jax.methods.sdp.subnetworks import Parts, Subnetworks
+from distrain_jax.methods.sdp.whole import Blocks
+
+
+class Cut(NamedTuple):
+  """Parameters, or statistics, of all workers; static."""
+
+  nets: Subnetworks  # of the tree without the blocks
+  blocks: Blocks
+  writers: Any  # flags of the blocks' arrays, or None
+  depth: int  # of the blocks' keys
+
+  def split(self, tree: Any) -> tuple[Any, Any]:
+    """A tree, without some blocks perhaps -> (the rest, its blocks)."""
+    return whole.split(tree, self.blocks.layouts, self.depth)
+
+  def merge(self, rest: Any, blocks: Any) -> Any:
+    """Undoes `split`."""
+    return whole.merge(rest, blocks, self.depth)
+
+  def take(self, tree: Any, me: jax.Array) -> tuple[Parts, Any]:
+    """A whole tree -> what worker `me` has of the rest; and all blocks."""
+    rest, blocks = self.split(tree)
+    parts = self.nets.sort(rest)
+    return parts._replace(held=self.nets.take(parts.held, me)), blocks
+
+  def put(self, tree: Any, mine: Any, me: jax.Array) -> Any:
+    """A whole tree with what worker `me` has replaced by `mine`."""
+    (rest, blocks), (my_rest, my_blocks) = self.split(tree), self.split(mine)
+    parts, every = self.nets.sort(my_rest), self.nets.sort(rest)
+    held = self.nets.put(every.held, parts.held, me)
+    rest = self.nets.join(parts._replace(held=held))
+    return self.merge(rest, {**blocks, **my_blocks})
+
+  def only_blocks(self, tree: Any) -> Any:
+    """The tree with None in place of the rest's arrays."""
+    rest, blocks = self.split(tree)
+    return self.merge(jax.tree.map(lambda _: None, rest), blocks)
+
+  def scale(self, tree: Any, up: bool) -> Any:
+    """See `Subnetworks.scale`; of the blocks what there are."""
+    rest, blocks = self.split(tree)
+    rest = self.nets.scale(rest, up)
+    holders = dict(zip(self.blocks.layouts, self.blocks.held.sum(0)))
+
+    def one(name):
+      factor = self.blocks.workers / int(holders[name])
+      by = factor if up else 1 / factor
+      times = lambda x, w: (x * by).astype(x.dtype) if w else x
+      return jax.tree.map(times, blocks[name], self.writers[name])
+
+    if self.writers is None:
+      return self.merge(rest, blocks)
+    return self.merge(rest, {name: one(name) for name in blocks})
+
+
+class Model(NamedTuple):
+  """What `read` found; of parameters and statistics together."""
+
+  found: structure.Structure  # of `Variables` without the blocks
+  blocks: Variables  # shapes by name
+  writers: Any  # flags of the blocks' parameters by name, or None
+  whole: Variables  # shapes
+
+  def check(self, variables: Variables) -> None:
+    """Refuses another model.
+
+    Raises:
+      ValueError: if the variables are not those that were read.
+    """
+    shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
+    same = jax.tree.structure(variables) == jax.tree.structure(self.whole)
+    if not same or shapes(variables) != shapes(self.whole):
+      raise ValueError(
+        "sdp: the params given to init are not those of `shapes`; pass the "
+        "same model's params (or their ShapeDtypeStructs) to sdp."
+      )
+
+  def cut(
+    self, workers: int, forward: bool, dtype: DTypeLike | None, **options: Any
+  ) -> tuple[Cut, Cut]:
+    """(parameters, statistics) for so many workers.
+
+    Args:
+      workers: N.
+      forward: whether a worker has no more than it trains.
+      dtype: of the parameters that it has; None: their own.
+      **options: of `tables.hold`.
+    """
+    holdings = {}
+    if self.found.families:
+      holdings = tables.hold(self.found, workers, **options)
+    nets, stats = subnetworks.of_variables(
+      subnetworks.cut(self.found, holdings)
+    )
+    params, state = self.blocks
+    held = np.ones((workers, 0), bool)
+    if params:
+      held = tables.hold_blocks(params, workers, **options)
+    cuts = Cut(nets, whole.make(params, held, dtype), self.writers, 0)
+    if not forward:
+      stats, state = subnetworks.all_shared(self.whole.model_state), {}
+    kept = held[:, [name in state for name in params]]
+    return cuts, Cut(stats, whole.make(state, kept), None, 1)
+
+
+def read(
+  names: Variables,
+  shapes: Variables,
+  *,
+  level: str,
+  shared: Collection[str],
+  blocks: Collection[str],
+  layered: bool,
+  writers: Any,
+) -> Model:
+  """A model's structure; see `structure.read`.
+
+  Args:
+    blocks: keys of what is held whole.
+
+  Raises:
+    ValueError: as `structure.read`; or if a block is no key of the parameters.
+  """
+  for name in blocks:
+    keys = shapes.params if isinstance(shapes.params, dict) else ()
+    if name not in keys:
+      raise ValueError(
+        f"sdp: `blocks` names {name!r}, which is no top-level key of the "
+        f"parameters; they have {', '.join(map(str, keys)) or 'none'}."
+      )
+  cut = lambda tree, depth: whole.split(tree, blocks, depth)
+  params, of_params = cut(shapes.params, 0)
+  state, of_state = cut(shapes.model_state, 1)
+  rest = Variables(cut(names.params, 0)[0], cut(names.model_state, 1)[0])
+  flags = of_writers = None
+  if writers is not None:
+    flags, of_writers = cut(writers, 0)
+    # Statistics are no writers.
+    flags = Variables(flags, jax.tree.map(lambda _: False, state))
+  found = structure.read(
+    rest,
+    Variables(params, state),
+    level,
+    shared,
+    layered=layered,
+    writers=flags,
+    alone=not blocks,
+  )
+  return Model(found, Variables(of_params, of_state), of_writers, shapes)

@@ -1,0 +1,182 @@
+"""Messages between the holders of a cell: sums to its owner, values back.
+
+No worker ever has a dense copy: for each distance on the ring there is one
+message from every worker to the one that far away, with what the sender holds
+and the receiver owns, and one back. With cyclic windows of r of N groups that
+is r - 1 messages each way of 1/N of the parameters, so (r - 1)/(N - 1) of what
+an all-reduce sends. Sums are taken in one order, by the owner alone: all
+holders get the same bits.
+
+Letters in shapes: N workers, S places of a worker, O places that it owns, c
+elements of a fragment, m messages' rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from distrain_jax.gradients import at_least_float32
+from distrain_jax.methods.sdp.assignments import Holding
+
+
+class Shift(NamedTuple):
+  """The messages from every worker w to w + distance, and back."""
+
+  distance: int
+  places: np.ndarray  # (N, m): the sender's places, S where there is none
+  owned: np.ndarray  # (N, m): the receiver's owned places, O where none
+
+
+class Plan(NamedTuple):
+  """Of one holding; all tables have a row a worker."""
+
+  places: int  # S: fragments that a worker has room for
+  at: np.ndarray  # (N, S): the fragment at each place, `total` where none
+  own: np.ndarray  # (N, O): the place of each owned fragment, S where none
+  shifts: tuple[Shift, ...]
+  holders: np.ndarray  # (N, O): of each owned fragment; 1 where none
+  fragments: np.ndarray  # (N, O): its number among all, their count where none
+  total: int  # fragments of all cells
+
+
+def make_plan(holding: Holding, whole: bool = False) -> Plan:
+  """The messages for a holding.
+
+  Args:
+    holding: with owners of F fragments a cell.
+    whole: whether the cells are not cut: the first fragment's owner has all.
+  """
+  owners = holding.owners[:, :1] if whole else holding.owners
+  total, pieces = owners.size, owners.shape[1]
+  n, s = holding.cells.shape[0], holding.cells.shape[1] * pieces
+  at = holding.cells[:, :, None] * pieces + np.arange(pieces)
+  at = np.minimum(at.reshape(n, s), total)
+  owner = owners.reshape(-1)
+  owned = [np.flatnonzero(owner == w) for w in range(n)]
+  o = max(map(len, owned))
+  fragments = _rows(owned, o, total)
+  place_of = np.full((n, total + 1), s)
+  np.put_along_axis(place_of, at, np.arange(s), axis=1)
+  place_of[:, total] = s
+  position = np.full(total + 1, o)
+  for row in owned:
+    position[row] = np.arange(len(row))
+  shifts = []
+  for d in range(1, n):
+    sent = [
+      sorted(set(at[w]) & set(owned[(w + d) % n].tolist())) for w in range(n)
+    ]
+    m = max(map(len, sent))
+    if m == 0:
+      continue
+    ids = _rows(sent, m, total)  # (N, m), of the sender
+    places = np.take_along_axis(place_of, ids, axis=1)
+    shifts.append(Shift(d, places, position[np.roll(ids, d, axis=0)]))
+  count = holding.held.sum(0).repeat(pieces)
+  return Plan(
+    places=s,
+    at=at,
+    own=np.take_along_axis(place_of, fragments, axis=1),
+    shifts=tuple(shifts),
+    holders=np.append(count, 1)[fragments],
+    fragments=fragments,
+    total=total,
+  )
+
+
+def to_owners(
+  plan: Plan, x: jax.Array, axis: str, wire_dtype: DTypeLike | None = None
+) -> jax.Array:
+  """Means over the holders, at the owners.
+
+  Args:
+    plan: of the array's family.
+    x: (S, c), this worker's.
+    axis: the workers' axis.
+    wire_dtype: in which the messages travel; None: x's dtype.
+
+  Returns:
+    (O, c), float32 or wider; 0 at places that own nothing.
+  """
+  me, n = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+  wire = x.astype(wire_dtype or x.dtype)
+  sums = at_least_float32(pick(wire, plan.own, me))
+  for shift in plan.shifts:
+    sent = pick(wire, shift.places, me)
+    got = jax.lax.ppermute(sent, axis, _perm(n, shift.distance))
+    sums = _add(sums, got, shift.owned, me)
+  counts = jnp.asarray(plan.holders, sums.dtype)[me]  # (O,)
+  return sums / counts[:, None]
+
+
+def to_holders(plan: Plan, owned: jax.Array, axis: str) -> jax.Array:
+  """Owners' values (O, c) at all holders: (S, c), 0 at empty places."""
+  me, n = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+  out = jnp.zeros((plan.places, owned.shape[1]), owned.dtype)
+  out = _put(out, owned, plan.own, me)
+  for shift in plan.shifts:
+    # The owner at w + d answers the sender at w.
+    back = _perm(n, -shift.distance)
+    got = jax.lax.ppermute(pick(owned, shift.owned, me), axis, back)
+    out = _put(out, got, shift.places, me)
+  return out
+
+
+def to_all(plan: Plan, owned: jax.Array, axis: str) -> jax.Array:
+  """Owners' values (O, c) at every worker: all fragments in order."""
+  return in_order(plan, jax.lax.all_gather(owned, axis))
+
+
+def in_order(plan: Plan, every: jax.Array) -> jax.Array:
+  """All owners' values (N, O, c) -> all fragments in order (total, c)."""
+  order = np.empty(plan.total + 1, int)
+  order[plan.fragments.ravel()] = np.arange(plan.fragments.size)
+  return _static(every.reshape(-1, every.shape[-1]), order[: plan.total])
+
+
+def _perm(n: int, distance: int) -> list[tuple[int, int]]:
+  return [(w, (w + distance) % n) for w in range(n)]
+
+
+def _rows(rows: list, length: int, fill: int) -> np.ndarray:
+  out = np.full((len(rows), length), fill)
+  for row, values in zip(out, rows):
+    row[: len(values)] = list(values)
+  return out
+
+
+def _same(table: np.ndarray) -> bool:
+  return bool((table == table[0]).all())
+
+
+def pick(x: jax.Array, table: np.ndarray, me: jax.Array) -> jax.Array:
+  """x[table[me]], 0 beyond the end; static where all workers' rows agree."""
+  if _same(table) and (table < x.shape[0]).all():
+    return _static(x, table[0])
+  return jnp.take(x, jnp.asarray(table)[me], axis=0, mode="fill", fill_value=0)
+
+
+def _static(x: jax.Array, rows: np.ndarray) -> jax.Array:
+  if len(rows) and (np.diff(rows) == 1).all():
+    return jax.lax.slice_in_dim(x, int(rows[0]), int(rows[-1]) + 1)
+  return x[rows]
+
+
+def _put(x, values, table: np.ndarray, me) -> jax.Array:
+  return x.at[_index(x, table, me)].set(values, mode="drop")
+
+
+def _add(x, values, table: np.ndarray, me) -> jax.Array:
+  return x.at[_index(x, table, me)].add(values.astype(x.dtype), mode="drop")
+
+
+def _index(x, table: np.ndarray, me):
+  if _same(table) and (table < x.shape[0]).all():
+    rows = table[0]
+    if (np.diff(rows) == 1).all():
+      return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+  return jnp.asarray(table)[me]

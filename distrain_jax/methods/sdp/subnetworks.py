@@ -1,0 +1,296 @@
+"""A model cut into subnetworks: each worker's arrays have the small shapes.
+
+Nothing is masked: a worker's `mlp` axis is as long as the units that it holds,
+its `layers` axis as long as its layers, and the model runs on what it is given.
+
+Letters in shapes: N workers, S places of a worker, O places that it owns, c
+elements of a fragment, l layers and g groups that a worker holds, L and G all
+of them, F fragments a cell.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from distrain_jax.methods.sdp import assignments, exchange
+from distrain_jax.methods.sdp.structure import Leaf, Structure
+
+SMALL = 1 << 18  # elements a message below which arrays travel side by side
+
+
+class Parts(NamedTuple):
+  """A tree in two, each of its structure, with None for the other's leaves.
+
+  And what is beside the tree: `whole`, the buffers of blocks that are held
+  whole (see `whole`), () where there are none.
+  """
+
+  shared: Any  # equal on all workers
+  held: Any  # this worker's; or its owned fragments (O, c)
+  whole: Any = ()  # this worker's
+
+
+class Sampled(NamedTuple):
+  """An array of which workers hold a part."""
+
+  leaf: Leaf
+  holding: assignments.Holding
+  plan: exchange.Plan
+  fragments: int  # F of this array's cells
+
+  def rows(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """An array with `size` (layers, groups) -> its fragments (l g F, c)."""
+    x, front = self._split(x, size[1])
+    x = jnp.moveaxis(x, front, range(len(front)))
+    return x.reshape(size[0] * size[1] * self.fragments, -1)
+
+  def array(self, rows: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Undoes `rows`."""
+    shape = self.shape(size)
+    like, front = self._split(jax.ShapeDtypeStruct(shape, rows.dtype), size[1])
+    moved = [like.shape[i] for i in front]
+    rest = [n for i, n in enumerate(like.shape) if i not in front]
+    x = rows.reshape(*moved, *rest)
+    return jnp.moveaxis(x, range(len(front)), front).reshape(shape)
+
+  def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+    """Of the array with so many layers and groups."""
+    shape = list(self.leaf.shape)
+    for at, n, all_ in zip(
+      (self.leaf.lanes, self.leaf.axis), size, self.holding.size
+    ):
+      if at is not None:
+        shape[at] = shape[at] // all_ * n
+    return tuple(shape)
+
+  @property
+  def small(self) -> tuple[int, int]:
+    """(l, g)"""
+    return self.holding.groups.shape[1:]
+
+  @property
+  def factor(self) -> float:
+    """What makes up for the absent units, and for the absent blocks."""
+    layers = self.holding.of_layers
+    groups = self.holding.coverage / layers
+    units = 1 / groups if self.leaf.consumer else 1.0
+    return units * (1 / layers if self.leaf.writer else 1.0)
+
+  def whole(self, stacked: jax.Array) -> jax.Array:
+    """What all workers hold, (N, ...) -> the whole array. No messages."""
+    rows = jax.vmap(lambda x: self.rows(x, self.small))(stacked)  # (N, S, c)
+    every = [exchange.pick(x, self.plan.own, w) for w, x in enumerate(rows)]
+    return self.merge(jnp.stack(every))
+
+  def merge(self, owned: jax.Array) -> jax.Array:
+    """What all workers own, (N, O, c) -> the whole array. No messages."""
+    every = exchange.in_order(self.plan, owned)
+    return self.array(every, self.holding.size)
+
+  def stack(self, whole: jax.Array) -> jax.Array:
+    """The whole array -> what all workers hold, (N, ...)."""
+    rows = self.rows(whole, self.holding.size)
+    n = len(self.plan.at)
+    each = [exchange.pick(rows, self.plan.at, w) for w in range(n)]
+    return jnp.stack([self.array(x, self.small) for x in each])
+
+  def stack_owned(self, whole: jax.Array) -> jax.Array:
+    """The whole array -> what all workers own, (N, O, c)."""
+    rows = self.rows(whole, self.holding.size)
+    n = len(self.plan.fragments)
+    each = [exchange.pick(rows, self.plan.fragments, w) for w in range(n)]
+    return jnp.stack(each)
+
+  def piece(self, owned: jax.Array) -> jax.Array:
+    """(O, c) with as many axes as the array has: masks may ask for ndim."""
+    if len(self.leaf.shape) == 1:
+      return owned.reshape(-1)
+    ones = (1,) * (len(self.leaf.shape) - 2)
+    return owned.reshape(owned.shape[0], *ones, owned.shape[1])
+
+  def rows_of(self, piece: jax.Array) -> jax.Array:
+    """Undoes `piece`; leading axes stay, e.g. of all workers: (..., O, c)."""
+    lead = piece.shape[: piece.ndim - len(self.leaf.shape)]
+    return piece.reshape(*lead, self.plan.own.shape[1], -1)
+
+  def _split(self, x, groups: int):
+    """With an axis of its own for the groups; and what goes to the front."""
+    lanes, axis = self.leaf.lanes, self.leaf.axis
+    if axis is None:
+      return x, [lanes]
+    shape = (*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+    if isinstance(x, jax.ShapeDtypeStruct):
+      shape = [x.shape[axis] // groups if n == -1 else n for n in shape]
+      x = jax.ShapeDtypeStruct(shape, x.dtype)
+    else:
+      x = x.reshape(shape)
+    if lanes is None:
+      return x, [axis]
+    return x, [lanes + (lanes > axis), axis]
+
+
+class Subnetworks(NamedTuple):
+  """Of all workers; static."""
+
+  treedef: Any
+  leaves: tuple[Sampled | None, ...]  # None: shared
+
+  def sort(self, tree: Any) -> Parts:
+    """A tree of this structure -> what is shared, and what is held."""
+    leaves = self.treedef.flatten_up_to(tree)
+    pairs = list(zip(leaves, self.leaves))
+    shared = [x if s is None else None for x, s in pairs]
+    held = [None if s is None else x for x, s in pairs]
+    return Parts(*map(self.treedef.unflatten, (shared, held)))
+
+  def join(self, parts: Parts) -> Any:
+    """Undoes `sort`."""
+    one = lambda a, b: b if a is None else a
+    return jax.tree.map(
+      one, parts.shared, parts.held, is_leaf=lambda x: x is None
+    )
+
+  def take(self, held: Any, me: jax.Array) -> Any:
+    """Whole arrays -> what worker `me` holds of them."""
+
+    def one(s, x):
+      rows = s.rows(x, s.holding.size)
+      return s.array(exchange.pick(rows, s.plan.at, me), s.small)
+
+    return self.map(one, held)
+
+  def put(self, held: Any, mine: Any, me: jax.Array) -> Any:
+    """Whole arrays with what worker `me` holds replaced by `mine`."""
+
+    def one(s, x, part):
+      rows, new = s.rows(x, s.holding.size), s.rows(part, s.small)
+      at = jnp.asarray(s.plan.at)[me]
+      return s.array(rows.at[at].set(new, mode="drop"), s.holding.size)
+
+    return self.map(one, held, mine)
+
+  def own(self, mine: Any, me: jax.Array) -> Any:
+    """What a worker holds -> the fragments that it owns, (O, c)."""
+    one = lambda s, x: exchange.pick(s.rows(x, s.small), s.plan.own, me)
+    return self.map(one, mine)
+
+  def to_owners(
+    self, mine: Any, axis: str, wire_dtype: DTypeLike | None = None
+  ) -> Any:
+    """What workers hold -> means over the holders, (O, c), float32."""
+    send = lambda plan, x: exchange.to_owners(plan, x, axis, wire_dtype)
+    rows = self.map(lambda s, x: s.rows(x, s.small), mine)
+    return self._together(send, rows)
+
+  def pieces(self, owned: Any) -> Any:
+    """Owned fragments in the form in which an optimizer sees them."""
+    return self.map(lambda s, x: s.piece(x), owned)
+
+  def rows_of(self, pieces: Any) -> Any:
+    """Undoes `pieces`."""
+    return self.map(lambda s, x: s.rows_of(x), pieces)
+
+  def to_holders(self, owned: Any, axis: str) -> Any:
+    """Owners' fragments (O, c) -> what each worker holds."""
+    send = lambda plan, x: exchange.to_holders(plan, x, axis)
+    rows = self._together(send, owned)
+    return self.map(lambda s, x: s.array(x, s.small), rows)
+
+  def to_all(self, owned: Any, axis: str) -> Any:
+    """Owners' fragments (O, c) -> whole arrays on every worker."""
+    send = lambda plan, x: exchange.to_all(plan, x, axis)
+    rows = self._together(send, owned)
+    return self.map(lambda s, x: s.array(x, s.holding.size), rows)
+
+  def everywhere(self, parts: Parts, me: jax.Array, axis: str) -> Any:
+    """The whole tree, on every worker, of what worker `me` holds."""
+    held = self.to_all(self.own(parts.held, me), axis)
+    return self.join(parts._replace(held=held))
+
+  def scale(self, tree: Any, up: bool) -> Any:
+    """Arrays divided by their coverage (up), or multiplied by it; else as is.
+
+    Those that sum over sampled units, and those by which sampled blocks write
+    to the residual stream.
+    """
+
+    def one(x, s):
+      factor = 1.0 if s is None else s.factor
+      if factor == 1.0:
+        return x
+      return (x * (factor if up else 1 / factor)).astype(x.dtype)
+
+    leaves = self.treedef.flatten_up_to(tree)
+    return self.treedef.unflatten(map(one, leaves, self.leaves))
+
+  def map(self, fn, *trees: Any) -> Any:
+    """fn(sampled, leaf, ...) on the held leaves; None stays."""
+    columns = zip(self.leaves, *map(self.treedef.flatten_up_to, trees))
+    return self.treedef.unflatten(
+      None if s is None else fn(s, *xs) for s, *xs in columns
+    )
+
+  def _together(self, fn, tree: Any) -> Any:
+    """fn(plan, rows) with small arrays of one plan side by side."""
+    leaves = self.treedef.flatten_up_to(tree)
+    out: list[Any] = [None] * len(leaves)
+    groups: dict[tuple, list[int]] = {}
+    for i, (s, x) in enumerate(zip(self.leaves, leaves)):
+      if s is not None:
+        alone = i if x.size >= SMALL else None
+        groups.setdefault((id(s.plan), x.dtype, alone), []).append(i)
+    for members in groups.values():
+      rows = [leaves[i] for i in members]
+      joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
+      ends = np.cumsum([x.shape[1] for x in rows])
+      sent = fn(self.leaves[members[0]].plan, joined)
+      for i, x in zip(members, jnp.split(sent, ends[:-1], axis=1)):
+        out[i] = x
+    return self.treedef.unflatten(out)
+
+
+def of_variables(nets: Subnetworks) -> tuple[Subnetworks, Subnetworks]:
+  """Subnetworks of `Variables` -> those of params and of model_state."""
+  params, state = nets.treedef.children()
+  split = params.num_leaves
+  return (
+    Subnetworks(params, nets.leaves[:split]),
+    Subnetworks(state, nets.leaves[split:]),
+  )
+
+
+def all_shared(tree: Any) -> Subnetworks:
+  """A tree of which nothing is sampled."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return Subnetworks(treedef, (None,) * len(leaves))
+
+
+def cut(
+  structure: Structure, holdings: dict[str, assignments.Holding]
+) -> Subnetworks:
+  """The subnetworks by a table of holdings.
+
+  Args:
+    structure: of the model.
+    holdings: by family; what is not in it is shared.
+  """
+  plans: dict[Any, exchange.Plan] = {}
+
+  def one(leaf: Leaf) -> Sampled | None:
+    holding = holdings.get(leaf.family) if leaf.family else None
+    if holding is None:
+      return None
+    cell = math.prod(leaf.shape) // math.prod(holding.size)
+    pieces = holding.owners.shape[1]
+    whole = cell % pieces != 0
+    # Families with equal tables share a plan, and so their messages.
+    key = (holding.size, whole, *(x.tobytes() for x in holding[1:]))
+    if key not in plans:
+      plans[key] = exchange.make_plan(holding, whole)
+    return Sampled(leaf, holding, plans[key], 1 if whole else pieces)
+
+  return Subnetworks(structure.treedef, tuple(map(one, structure.leaves)))
