@@ -83,9 +83,6 @@ def beside(
   carry, got = _with_slices(scatter, slices, work, carry, 0, sent, {})
   pieces, out = turn(_unpacked(exchange, got))
   send = wire.encode(exchange.layout, pieces, max(slices, 1))
-  # All of the update now: XLA would keep what `out` is made of, in float32, to
-  # the end, and make it there.
-  send, out = jax.lax.optimization_barrier((send, out))
   # Gradients that have been sent are of no more use: parameters take their
   # place, so that one buffer serves both collectives.
   carry, got = _with_slices(gather, slices, work, carry, slices, send, sent)

@@ -66,7 +66,7 @@ def run(one, trips, tree=None):
 
     start = (jnp.full(TRIPS, -1), jnp.zeros((), int))
     (ran, count), new, out = overlap.beside(
-      one, work, start, trips, sums, turn, wires.Plain()
+      one, work, start, trips, overlap.packed(one, sums), turn, wires.Plain()
     )
     return ran, new, (count, out)
 
@@ -147,9 +147,9 @@ def test_in_eight_bits_every_leaf_comes_back_in_its_place(slices):
     wire = wires.Quantised(base, "i")
     work = lambda carry, i: carry
     turn = lambda pieces: (pieces, ())
-    return overlap.beside(
-      exchange(tree, slices), work, (), 4, sums, turn, wire
-    )[1]
+    one = exchange(tree, slices)
+    sent = overlap.packed(one, sums)
+    return overlap.beside(one, work, (), 4, sent, turn, wire)[1]
 
   new = of_workers(worker)
   largest = max(float(jnp.abs(6 * x - b).max()) for x, b in zip(tree, base))

@@ -40,6 +40,9 @@ def get_config(arg: str | None = None):
   c.model.dtype = "bfloat16"  # of the computation
   c.model.attention = "xla"  # or cudnn, on NVIDIA GPUs
   c.model.remat = "dots_with_no_batch_dims"  # attention is computed again
+  # Tokens of a row that have logits at once. Whole ones would outlive the
+  # backward pass on TPUs: XLA moves the last product with their gradient there.
+  c.loss.logits_chunk = 128
   c.optimizer.learning_rate = 6e-4
   c.optimizer.warmup_steps = 0
   c.optimizer.b2 = 0.95

@@ -41,6 +41,7 @@ class Collective(NamedTuple):
   # An all-reduce of which each device then keeps its part: what was meant as a
   # reduce-scatter, at twice the bytes.
   sliced: bool = False
+  shapes: tuple[tuple[int, ...], ...] = ()  # dims of the arrays in `bytes`
 
 
 def base_kind(opcode: str) -> str:
@@ -92,7 +93,15 @@ def describe(
     default=Shape("f32"),
   )
   return Collective(
-    x.name, kind, biggest.dtype, size, groups, n, sent, x.op_name
+    name=x.name,
+    kind=kind,
+    dtype=biggest.dtype,
+    bytes=size,
+    groups=groups,
+    group_size=n,
+    wire_bytes=sent,
+    op_name=x.op_name,
+    shapes=tuple(leaf.dims for shape in whole for leaf in shape.arrays()),
   )
 
 

@@ -168,6 +168,8 @@ def acco(
     commits = number == 0
 
     def turn(sums):
+      # Now, or XLA would keep the sums in float32 until the half is over.
+      sums, low = jax.lax.optimization_barrier((sums, _like(sums, c.reduced)))
       given = Sums(c.reduced, c.reduced_count), Sums(sums, c.count)
       new, norm = advance(c.shard, *given)
       keep = functools.partial(_choose, commits)
@@ -175,7 +177,7 @@ def acco(
       kept = c._replace(
         shard=keep(new, c.shard),  # an estimate leaves theta and tx's state
         norm=keep(norm, c.norm),
-        reduced=keep(none, _like(sums, c.reduced)),
+        reduced=keep(none, low),
         reduced_count=keep(0.0, c.count),
       )
       return new.masters, kept

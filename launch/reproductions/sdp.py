@@ -11,6 +11,7 @@ from configs import text
 
 TITLE = "Text, a Llama of 82,208 parameters, 8 workers, 1,024 bytes an update"
 METRIC = "validation_loss"
+FOLLOWS = ("steps", "optimizer.warmup_steps", "evaluation.members")  # the method
 UNIT = "nats a byte"
 CLAIM = ("block forward, 1/2, equal FLOPs", 0.0)
 STEPS = 240
