@@ -23,6 +23,8 @@ from distrain_jax.methods import fsdp as fsdp
 from distrain_jax.methods import guard as guard
 from distrain_jax.methods import local_sgd as local_sgd
 from distrain_jax.methods import sdp as sdp
+from distrain_jax.methods import subnetwork_alignment as subnetwork_alignment
+from distrain_jax.methods import subnetwork_load as subnetwork_load
 from distrain_jax.methods import weight_prediction as weight_prediction
 from distrain_jax.methods import zero1 as zero1
 from distrain_jax.rounds import Counted as Counted

@@ -93,7 +93,7 @@ def chosen(table: ModuleType) -> list[str]:
 
 
 def slug(row: str) -> str:
-  return row.replace(",", "").replace(" ", "_")
+  return row.replace(",", "").replace(" ", "_").replace("/", "_")
 
 
 def one(

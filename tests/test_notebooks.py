@@ -84,3 +84,29 @@ def test_acco_shows_what_its_text_says(outputs):
   assert number(r"\nacco .*of which exposed (\S+) ms") == 0
   assert number(r"\nzero1 .*of which exposed (\S+) ms") > 0.1
   assert "8 device(s)" in text
+
+
+def test_sdp_shows_what_its_text_says(outputs):
+  text, _ = outputs("sdp")
+  number = lambda pattern: float(re.search(pattern, text)[1])
+  assert text.count("a worker holds {32}, each has {4} holders") == 4
+  assert "layers, cyclic                     a worker holds {4}, each" in text
+  assert number(r"neuron level, after .*: (\S+) apart from DDP") < 1e-5
+  assert number(r"block level, after .*: (\S+) apart from DDP") < 1e-5
+  assert re.search(r"block 1/4 +2x32x64 +10,560 ", text)
+  # Equal operations; the whole falls behind its parts; what rescaling does.
+  after = r"{} +training loss .*, after \d+ (\S+)\n"
+  ddp = number(after.format("ddp"))
+  for level in ("neuron", "block"):
+    assert number(after.format(f"{level} 1/2")) < ddp
+    whole = number(rf"{level} 1/4 +whole (\S+)")
+    assert whole > 1.1 * number(rf"{level} 1/4 .* workers (\S+)")
+  loss = lambda how: number(rf"rescale={how} +training loss (\S+)")
+  assert max(loss("train"), loss("test")) < loss("none")
+  # state, temporaries, FLOPs, sent
+  row = lambda name: re.search(rf"\n{name} +(\S+) +(\S+) +(\S+) +(\S+)", text)
+  fsdp, half = (map(float, row(x).groups()) for x in ("fsdp", "sdp 1/2"))
+  (kept, _, flops, sent), (more, small, less, fewer) = fsdp, half
+  assert kept < more and flops == 1 and sent > 1
+  assert small < 0.8 and less == pytest.approx(0.5, abs=0.02) and fewer < 0.5
+  assert "8 device(s)" in text

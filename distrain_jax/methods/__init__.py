@@ -16,6 +16,10 @@ from distrain_jax.methods.local_sgd import LocalSGDState as LocalSGDState
 from distrain_jax.methods.local_sgd import local_sgd as local_sgd
 from distrain_jax.methods.sdp import SDPState as SDPState
 from distrain_jax.methods.sdp import sdp as sdp
+from distrain_jax.methods.sdp import (
+  subnetwork_alignment as subnetwork_alignment,
+)
+from distrain_jax.methods.sdp import subnetwork_load as subnetwork_load
 from distrain_jax.methods.zero1 import Zero1State as Zero1State
 from distrain_jax.methods.zero1 import zero1 as zero1
 

@@ -129,9 +129,16 @@ class Checkpoints:
     same = saved["workers"] == run.workers
     mine = like = run.abstract(key, params)
     if not same:
-      if run.method.reshard is None:
-        run.adopt(None)  # says why it cannot, before anything is read
-      like = _of_other_workers(run, saved["workers"], key, params)
+      try:
+        if run.method.reshard is None:
+          run.adopt(None)  # says why it cannot, before anything is read
+        like = _of_other_workers(run, saved["workers"], key, params)
+      except ValueError as e:
+        raise ValueError(
+          f"The checkpoint at step {step} in {self._orbax.directory} is of "
+          f"{saved['workers']} workers, not of {run.workers}, and {e}"
+          + self._way_over(step)
+        ) from e
     self._check_fits(step, metadata.metadata["state"], like)
     if batches is not None:
       self._restore_data(step, batches)

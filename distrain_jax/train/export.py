@@ -59,8 +59,7 @@ def devices(folder: str | Path, step: int | None = None) -> int:
   """
   c = run_config(folder)
   _, workers = saved_workers(Path(folder) / "checkpoints", step)
-  others = [n for a, n in c.mesh.items() if a != experiment.axis_of(c)]
-  return workers * math.prod(others)
+  return workers * math.prod(_other_axes(c).values())
 
 
 def export(
@@ -112,7 +111,13 @@ def export(
 def _on_all_devices(c: ConfigDict) -> ConfigDict:
   """With as many workers as devices allow, and batches that they can share."""
   c = c.copy_and_resolve_references()
-  c.mesh[experiment.axis_of(c)] = -1
+  c.mesh.update({experiment.axis_of(c): -1, **_other_axes(c)})
   for batches in (c, c.evaluation):
     batches.batch_size *= jax.device_count()
   return c
+
+
+def _other_axes(c: ConfigDict) -> dict[str, int]:
+  """Sizes of the mesh's axes beside the method's; 1 for "what is left"."""
+  mine = experiment.axis_of(c)
+  return {a: max(n, 1) for a, n in c.mesh.items() if a != mine}

@@ -11,7 +11,7 @@ from configs import text
 
 TITLE = "Text, a Llama of 82,208 parameters, 8 workers, 1,024 bytes an update"
 METRIC = "validation_loss"
-FOLLOWS = ("steps", "optimizer.warmup_steps", "evaluation.members")  # the method
+FOLLOWS = ("steps", "optimizer.warmup_steps", "evaluation.members")
 UNIT = "nats a byte"
 CLAIM = ("block forward, 1/2, equal FLOPs", 0.0)
 STEPS = 240
@@ -84,7 +84,7 @@ def config(row: str):
     c.data.length = 64
     size = {"embed": 32, "layers": 4, "heads": 8, "kv_heads": 8, "head_dim": 4}
     c.model.update(size, mlp=128)
-    if row.endswith("units") or row.endswith(f"units{EQUAL}"):
+    if row.endswith(("units", f"units{EQUAL}")):
       c.model.update(SIZES[coverage])
     c.model.update(DROPPED.get(row, {}))
     c.optimizer.learning_rate = RATE

@@ -11,7 +11,7 @@ from configs import fashion_mnist
 
 TITLE = "Fashion-MNIST, a narrow ResNet-18, 8 workers, 128 images an update"
 METRIC = "validation_loss"
-FOLLOWS = ("steps", "evaluation.members")  # the method
+FOLLOWS = ("steps", "evaluation.members")
 UNIT = "nats an image"
 CLAIM = ("block forward, 1/2", 0.0)
 STEPS = 200

@@ -99,5 +99,5 @@ def test_the_end_of_a_run_has_them_where_they_are_asked_for(small, tmp_path):
 
 
 def test_a_method_of_equal_workers_has_none(small):
-  with pytest.raises(ValueError, match="members=True .*'ddp' they are all al"):
+  with pytest.raises(ValueError, match=r"members=True .*'ddp' they are all al"):
     train.build(small(**{"evaluation.members": True}))

@@ -42,11 +42,13 @@ def alignment(
     workers: N.
     names, shapes: as of `sdp`.
     **options: those of `sdp` that decide on a subnetwork: coverage, level,
-      blocks, masking, assignment, seed, rescale, writers, shared.
+      blocks, masking, assignment, seed, redraw_every, rescale, writers, shared.
 
   Returns:
     "cosine": (N,), of a worker's gradient with the dense gradient on its rows,
       both restricted to what it holds; 1 with backward masking.
+    "cosine_sampled": (N,), the same without what all workers share, of which
+      embeddings and heads may outweigh all the rest.
     "norm_ratio": (N,), the first one's norm over the second one's.
     "cosine_to_mean": (), of the means over the holders, which is what the
       optimizer gets, with the dense gradient on all rows.
@@ -66,18 +68,30 @@ def alignment(
     wanted = _wide(dense(*whole, rows, own_key).grads)
     here = jax.tree.map(jnp.multiply, wanted, held)
     found = _compare(grads, here)
+    sampled = _compare(_sampled(each, grads), _sampled(each, here))
     sums = jax.tree.map(jnp.add, sums, (grads, held, wanted))
-    return sums, found
+    return sums, (*found, sampled[0])
 
   zeros = jax.tree.map(jnp.zeros_like, _wide(whole.params))
   rows = spmd.split_rows(batch, workers)
-  (grads, held, wanted), (cosine, ratio) = jax.lax.scan(
+  (grads, held, wanted), (cosine, ratio, sampled) = jax.lax.scan(
     one, (zeros,) * 3, (jnp.arange(workers), rows)
   )
   mean = jax.tree.map(jnp.divide, grads, held)
   # Every worker has equally many rows: the sum points where the mean does.
   together, _ = _compare(mean, wanted)
-  return {"cosine": cosine, "norm_ratio": ratio, "cosine_to_mean": together}
+  return {
+    "cosine": cosine,
+    "cosine_sampled": sampled,
+    "norm_ratio": ratio,
+    "cosine_to_mean": together,
+  }
+
+
+def _sampled(each: Alone, tree: Params):
+  """What is not shared by all workers, as some tree."""
+  rest, blocks = each.params.split(tree)
+  return each.params.nets.sort(rest).held, blocks
 
 
 def _of_worker(each: Alone, whole: Variables, rows, key, me):

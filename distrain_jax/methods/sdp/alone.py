@@ -5,6 +5,7 @@ is taken from the whole model on the spot, and no message is sent.
 """
 
 from collections.abc import Collection
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -106,6 +107,7 @@ def alone(
   masking: str = "forward",
   rescale: str = "none",
   writers: Any = None,
+  redraw_every: int | None = None,
   **options: Any,
 ) -> Alone:
   """The subnetworks that `sdp` would train, each to be run by itself.
@@ -113,6 +115,7 @@ def alone(
   Args:
     loss_fn, names, shapes, masking, rescale, writers: as of `sdp`.
     workers: how many.
+    redraw_every: as of `sdp`; the subnetworks are those of the first draw.
     **options: of `cut`, as of `sdp`.
 
   Raises:
@@ -120,7 +123,7 @@ def alone(
   """
   # Made for its refusals alone.
   structure = {"names": names, "shapes": shapes, "writers": writers}
-  how = {"masking": masking, "rescale": rescale}
+  how = {"masking": masking, "rescale": rescale, "redraw_every": redraw_every}
   sdp(loss_fn, optax.identity(), **structure, **how, **options)
   forward = masking == "forward"
   model, (params, stats) = cut(
@@ -145,10 +148,12 @@ def cut(
   writers: Any = None,
 ) -> tuple[cutting.Model, tuple[Cut, Cut]]:
   """(the model, (its parameters, its statistics)) as `sdp` cuts them."""
+  if level == "both" and isinstance(coverage, Real):
+    coverage = (coverage, coverage)
   tables.check(level, coverage, assignment)
   model = cutting.read(
-    _variables(names),
-    _variables(shapes),
+    cutting.as_variables(names),
+    cutting.as_variables(shapes),
     level=level,
     shared=shared,
     blocks=() if level == "neuron" else tuple(blocks),
@@ -157,9 +162,3 @@ def cut(
   )
   how = {"level": level, "coverage": coverage, "assignment": assignment}
   return model, model.cut(workers, forward, None, seed=seed, **how)
-
-
-def _variables(tree) -> Variables:
-  if isinstance(tree, Variables):
-    return tree if tree.model_state else tree._replace(model_state=())
-  return Variables(tree, ())

@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOLERANCE = 2e-3  # of a coverage written in three digits, such as 0.333
+from distrain_jax.methods.sdp.rings import IN_ORDER as IN_ORDER
+from distrain_jax.methods.sdp.rings import Places as Places
+from distrain_jax.methods.sdp.rings import (
+  listed,
+  nested,
+  renamed,
+  ring,
+  windows,
+)
 
 
 class Holding(NamedTuple):
@@ -60,139 +68,12 @@ class Holding(NamedTuple):
     return float(by_layer.any(2).mean())
 
 
-def ring(units: int, workers: int) -> int | None:
-  """How many groups units are cut into; None where they cannot be.
-
-  As many as workers where those divide the units; else single units, as the
-  heads of a small model, if there are more than one.
-
-  >>> ring(2048, 8), ring(12, 8), ring(1, 8)
-  (8, 12, None)
-  """
-  if units % workers == 0:
-    return workers
-  return units if units > 1 else None
-
-
-def holders(workers: int, coverage: float) -> int:
-  """How many workers hold each unit.
-
-  Raises:
-    ValueError: if that is no whole number, saying what is nearest.
-
-  >>> [holders(8, c) for c in (0.125, 0.375, 0.5, 1.0)]
-  [1, 3, 4, 8]
-  """
-  count = round(coverage * workers)
-  if count == 0 or abs(coverage * workers - count) > TOLERANCE:
-    below = math.floor(coverage * workers)
-    nearest = " or ".join(
-      _fraction(n, workers) for n in (below, below + 1) if n > 0
-    )
-    raise ValueError(
-      f"sdp: coverage={coverage} on {workers} workers gives each unit "
-      f"{coverage * workers:g} holders, which is no whole number. Nearest: "
-      f"{nearest}."
-    )
-  return count
-
-
-def _fraction(n: int, of: int) -> str:
-  """n / of in digits, and as it is written where that needs many."""
-  exact = f"{n / of:.6g}"
-  return exact if float(exact) == n / of else f"{exact} ({n}/{of})"
-
-
-def windows(
-  groups: int, workers: int, coverage: float, places: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Windows on the ring of groups.
-
-  The holders of a group stand side by side. Where the workers do not divide
-  the groups, some may hold one group more than others: 3 of 8 workers hold each
-  of 12 groups, so half of the workers hold 5 of them and half 4.
-
-  Args:
-    groups: G.
-    workers: N.
-    coverage: the fraction of the groups that each worker is to hold.
-    places: (N,), where on the ring of workers each one stands.
-
-  Returns:
-    `(held (N, g), owners (G, F))`: the groups in the order of the ring, G where
-    a worker has fewer; and the fragments' owners.
-  """
-  r = holders(workers, coverage)
-  fragments = workers // math.gcd(groups, workers)
-  natural = np.arange(groups * fragments) * workers // (groups * fragments)
-  natural = natural.reshape(groups, fragments)  # places, if those are holders
-  # The last one's window starts at the group, those before it reach it.
-  at = (natural[:, -1:] - np.arange(r)) % workers  # (G, r), places
-  spread = at[:, np.arange(fragments) * r // fragments]
-  inside = (natural[:, :, None] == at[:, None]).any(-1).all(1, keepdims=True)
-  who = np.argsort(places)  # worker at each place
-  held = np.zeros((workers, groups), bool)
-  held[who[at], np.arange(groups)[:, None]] = True
-  first = places * groups // workers
-  return _listed(held, first), who[np.where(inside, natural, spread)]
-
-
-def nested(
-  groups: int, workers: int, coverage: float
-) -> tuple[np.ndarray, np.ndarray]:
-  """The first groups of the ring, fewer for each worker than for the last.
-
-  Worker 0 holds all, and their number falls by a constant factor, so that the
-  mean is `coverage`: as in HeteroFL (Diao et al., 2021,
-  https://arxiv.org/abs/2010.01264) with a rate for each client. Arrays are as
-  long as worker 0's: nothing is saved.
-
-  Returns:
-    As `windows`.
-  """
-  low, high = 0.0, 1.0
-  for _ in range(60):  # the factor whose mean is the coverage
-    factor = (low + high) / 2
-    mean = np.maximum(factor ** np.arange(workers), 1 / groups).mean()
-    low, high = (factor, high) if mean < coverage else (low, factor)
-  counts = np.rint(groups * high ** np.arange(workers)).clip(1)
-  held = np.arange(groups) < counts[:, None]
-  each = held.sum(0)  # holders: the first workers
-  owners = np.arange(workers) * each[:, None] // workers
-  return _listed(held, np.zeros(workers, int)), owners
-
-
-def _listed(held: np.ndarray, first: np.ndarray) -> np.ndarray:
-  """(N, G) bools -> (N, g): groups from each worker's first on, then G."""
-  (workers, groups), g = held.shape, held.sum(1).max()
-  rows = np.full((workers, g), groups)
-  for row, mine, start in zip(rows, held, first):
-    order = (start + np.arange(groups)) % groups
-    found = order[mine[order]]
-    row[: len(found)] = found
-  return rows
-
-
-def places(workers: int, rng: np.random.Generator | None) -> np.ndarray:
-  """Where the workers stand on the ring: (N,).
-
-  Without `rng` in their own order. With it at steps of a random stride: two
-  workers that are neighbours in one family or layer are far in another, and
-  the exchange stays one message a distance, all of one size.
-  """
-  if rng is None:
-    return np.arange(workers)
-  coprime = [s for s in range(1, workers + 1) if math.gcd(s, workers) == 1]
-  stride, first = rng.choice(coprime), rng.integers(workers)
-  return (np.arange(workers) * stride + first) % workers
-
-
 def neurons(
   layers: int,
   units: int,
   workers: int,
   coverage: float,
-  rng: np.random.Generator | None = None,
+  at: Places = IN_ORDER,
   first_units: bool = False,
 ) -> Holding | None:
   """Neuron level: every layer, of each the window of the worker's place.
@@ -202,7 +83,7 @@ def neurons(
     units: of one layer.
     workers: N.
     coverage: the fraction of the units that each worker is to hold.
-    rng: shuffles the workers' places in every layer.
+    at: where the workers stand, in every layer.
     first_units: `nested` instead of windows.
 
   Returns:
@@ -214,10 +95,11 @@ def neurons(
   if first_units:
     each = [nested(groups, workers, coverage)] * layers
   else:
-    each = [
-      windows(groups, workers, coverage, places(workers, rng))
-      for _ in range(layers)
-    ]
+    each = []
+    for _ in range(layers):
+      places, order = at.draw(workers, groups)
+      held, owners = windows(groups, workers, coverage, places)
+      each.append(renamed(held, owners, order))
   return Holding(
     size=(layers, groups),
     lanes=np.tile(np.arange(layers), (workers, 1)),
@@ -230,7 +112,7 @@ def blocks(
   layers: int,
   workers: int,
   coverage: float,
-  rng: np.random.Generator | None = None,
+  at: Places = IN_ORDER,
 ) -> Holding | None:
   """Block level: a window of the layers, each layer whole.
 
@@ -241,7 +123,7 @@ def blocks(
     layers: L.
     workers: N.
     coverage: the fraction of the layers that each worker is to hold.
-    rng: shuffles the workers' places in every round.
+    at: where the workers stand, in every round.
 
   Returns:
     The holding; None for a single layer.
@@ -252,12 +134,13 @@ def blocks(
   held = np.zeros((workers, layers), bool)
   owners = []
   for first in range(0, layers, groups):
-    at = places(workers, rng)
-    window, owner = windows(groups, workers, coverage, at)
+    places, order = at.draw(workers, groups)
+    window, owner = windows(groups, workers, coverage, places)
+    window, owner = renamed(window, owner, order)
     for row, mine in zip(held, window):
       row[first + mine[mine < groups]] = True
     owners.append(owner)
-  lanes = _listed(held, np.zeros(workers, int))  # in order of depth
+  lanes = listed(held, np.zeros(workers, int))  # in order of depth
   return Holding(
     size=(layers, 1),
     lanes=lanes,
@@ -271,7 +154,7 @@ def both(
   units: int,
   workers: int,
   coverage: tuple[float, float],
-  rng: np.random.Generator | None = None,
+  at: Places = IN_ORDER,
 ) -> Holding | None:
   """Both levels: a window of the layers, of each a window of its units.
 
@@ -283,16 +166,16 @@ def both(
     units: of one layer; 1 for what every holder of a layer holds.
     workers: N.
     coverage: the fraction of the layers, and of their units.
-    rng: shuffles the workers' places.
+    at: where the workers stand.
 
   Returns:
     The holding; None if the layers cannot be cut.
   """
-  outer = blocks(layers, workers, coverage[0], rng)
+  outer = blocks(layers, workers, coverage[0], at)
   if outer is None or units == 1:
     return outer
-  at = [np.flatnonzero(row) for row in outer.held.T]  # holders, layer by layer
-  inner = [neurons(1, units, len(h), coverage[1]) for h in at]
+  who = [np.flatnonzero(row) for row in outer.held.T]  # holders, layer by layer
+  inner = [neurons(1, units, len(h), coverage[1]) for h in who]
   if inner[0] is None:
     return None
   width = max(one.groups.shape[-1] for one in inner)
@@ -301,9 +184,9 @@ def both(
     for i, layer in enumerate(outer.lanes[w]):
       if layer == layers:
         continue
-      place = int(np.searchsorted(at[layer], w))
+      place = int(np.searchsorted(who[layer], w))
       groups[w, i] = inner[layer].groups[place, 0]
-  owners = [h[one.owners] for h, one in zip(at, inner)]
+  owners = [h[one.owners] for h, one in zip(who, inner)]
   size = (layers, inner[0].size[1])
   return Holding(size, outer.lanes, groups, np.concatenate(owners))
 

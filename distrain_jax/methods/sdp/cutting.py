@@ -33,19 +33,25 @@ class Cut(NamedTuple):
     """Undoes `split`."""
     return whole.merge(rest, blocks, self.depth)
 
-  def take(self, tree: Any, me: jax.Array) -> tuple[Parts, Any]:
-    """A whole tree -> what worker `me` has of the rest; and all blocks."""
+  def take(self, tree: Any, role: jax.Array) -> tuple[Parts, Any]:
+    """A whole tree -> what the worker of `role` has of the rest; and all blocks."""
     rest, blocks = self.split(tree)
     parts = self.nets.sort(rest)
-    return parts._replace(held=self.nets.take(parts.held, me)), blocks
+    return parts._replace(held=self.nets.take(parts.held, role)), blocks
 
-  def put(self, tree: Any, mine: Any, me: jax.Array) -> Any:
-    """A whole tree with what worker `me` has replaced by `mine`."""
+  def put(self, tree: Any, mine: Any, role: jax.Array) -> Any:
+    """A whole tree with what the worker of `role` has replaced by `mine`."""
     (rest, blocks), (my_rest, my_blocks) = self.split(tree), self.split(mine)
     parts, every = self.nets.sort(my_rest), self.nets.sort(rest)
-    held = self.nets.put(every.held, parts.held, me)
+    held = self.nets.put(every.held, parts.held, role)
     rest = self.nets.join(parts._replace(held=held))
     return self.merge(rest, {**blocks, **my_blocks})
+
+  def pack(self, tree: Any, role: int) -> Parts:
+    """A worker's own tree -> the rest, sorted, and the blocks' buffers."""
+    rest, blocks = self.split(tree)
+    buffers = self.blocks.pack(blocks, role)
+    return self.nets.sort(rest)._replace(whole=buffers)
 
   def only_blocks(self, tree: Any) -> Any:
     """The tree with None in place of the rest's arrays."""
@@ -56,10 +62,10 @@ class Cut(NamedTuple):
     """See `Subnetworks.scale`; of the blocks what there are."""
     rest, blocks = self.split(tree)
     rest = self.nets.scale(rest, up)
-    holders = dict(zip(self.blocks.layouts, self.blocks.held.sum(0)))
+    part = dict(zip(self.blocks.layouts, self.blocks.held.mean(0)))
 
     def one(name):
-      factor = self.blocks.workers / int(holders[name])
+      factor = 1 / float(part[name])
       by = factor if up else 1 / factor
       times = lambda x, w: (x * by).astype(x.dtype) if w else x
       return jax.tree.map(times, blocks[name], self.writers[name])
@@ -67,6 +73,13 @@ class Cut(NamedTuple):
     if self.writers is None:
       return self.merge(rest, blocks)
     return self.merge(rest, {name: one(name) for name in blocks})
+
+
+def as_variables(tree: Any) -> Variables:
+  """Params or Variables, with () for a model_state that is empty."""
+  if isinstance(tree, Variables):
+    return tree if tree.model_state else tree._replace(model_state=())
+  return Variables(tree, ())
 
 
 class Model(NamedTuple):
@@ -92,7 +105,12 @@ class Model(NamedTuple):
       )
 
   def cut(
-    self, workers: int, forward: bool, dtype: DTypeLike | None, **options: Any
+    self,
+    workers: int,
+    forward: bool,
+    dtype: DTypeLike | None,
+    draws: int = 1,
+    **options: Any,
   ) -> tuple[Cut, Cut]:
     """(parameters, statistics) for so many workers.
 
@@ -100,22 +118,29 @@ class Model(NamedTuple):
       workers: N.
       forward: whether a worker has no more than it trains.
       dtype: of the parameters that it has; None: their own.
+      draws: how many, of who holds what.
       **options: of `tables.hold`.
     """
-    holdings = {}
+    each = range(draws) if draws > 1 else [None]
+    holdings = [{}] * draws
     if self.found.families:
-      holdings = tables.hold(self.found, workers, **options)
+      holdings = [
+        tables.hold(self.found, workers, draw=k, **options) for k in each
+      ]
     nets, stats = subnetworks.of_variables(
       subnetworks.cut(self.found, holdings)
     )
     params, state = self.blocks
-    held = np.ones((workers, 0), bool)
+    held = [np.ones((workers, 0), bool)] * draws
     if params:
-      held = tables.hold_blocks(params, workers, **options)
+      held = [
+        tables.hold_blocks(params, workers, draw=k, **options) for k in each
+      ]
     cuts = Cut(nets, whole.make(params, held, dtype), self.writers, 0)
     if not forward:
       stats, state = subnetworks.all_shared(self.whole.model_state), {}
-    kept = held[:, [name in state for name in params]]
+    there = [name in state for name in params]
+    kept = [x[:, there] for x in held]
     return cuts, Cut(stats, whole.make(state, kept), None, 1)
 
 

@@ -5,7 +5,8 @@ message from every worker to the one that far away, with what the sender holds
 and the receiver owns, and one back. With cyclic windows of r of N groups that
 is r - 1 messages each way of 1/N of the parameters, so (r - 1)/(N - 1) of what
 an all-reduce sends. Sums are taken in one order, by the owner alone: all
-holders get the same bits.
+holders get the same bits. A message waits for the one before it: together they
+would take as much memory as what they bring.
 
 Letters in shapes: N workers, S places of a worker, O places that it owns, c
 elements of a fragment, m messages' rows.
@@ -31,7 +32,11 @@ class Shift(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Of one holding; all tables have a row a worker."""
+  """Of one holding, or of several draws of it.
+
+  All tables have a row a role, which is a worker: with several draws all
+  workers of the first, then all of the next.
+  """
 
   places: int  # S: fragments that a worker has room for
   at: np.ndarray  # (N, S): the fragment at each place, `total` where none
@@ -87,54 +92,109 @@ def make_plan(holding: Holding, whole: bool = False) -> Plan:
   )
 
 
+def together(plans: list[Plan]) -> Plan:
+  """Several draws of one family as one plan: tables below each other."""
+  if len(plans) == 1:
+    return plans[0]
+  places = max(p.places for p in plans)
+  owned = max(p.own.shape[1] for p in plans)
+  total = plans[0].total
+
+  def stack(tables, none, length):
+    """Tables (N, k), whose own numbers for none are given beside them."""
+    rows = []
+    for table, mine in tables:
+      pad = ((0, 0), (0, length - table.shape[1]))
+      table = np.where(table == mine, none, table)
+      rows.append(np.pad(table, pad, constant_values=none))
+    return np.concatenate(rows)
+
+  shifts = []
+  for d in sorted({s.distance for p in plans for s in p.shifts}):
+    empty = np.zeros((len(plans[0].at), 0), int)
+    found = [
+      (p, next((s for s in p.shifts if s.distance == d), None)) for p in plans
+    ]
+    m = max(s.places.shape[1] for _, s in found if s)
+    sent = [(s.places if s else empty, p.places) for p, s in found]
+    got = [(s.owned if s else empty, p.own.shape[1]) for p, s in found]
+    shifts.append(Shift(d, stack(sent, places, m), stack(got, owned, m)))
+  return Plan(
+    places=places,
+    at=stack([(p.at, total) for p in plans], total, places),
+    own=stack([(p.own, p.places) for p in plans], places, owned),
+    shifts=tuple(shifts),
+    holders=stack([(p.holders, 1) for p in plans], 1, owned),
+    fragments=stack([(p.fragments, total) for p in plans], total, owned),
+    total=total,
+  )
+
+
 def to_owners(
-  plan: Plan, x: jax.Array, axis: str, wire_dtype: DTypeLike | None = None
+  plan: Plan,
+  x: jax.Array,
+  role: jax.Array,
+  axis: str,
+  wire_dtype: DTypeLike | None = None,
 ) -> jax.Array:
   """Means over the holders, at the owners.
 
   Args:
     plan: of the array's family.
     x: (S, c), this worker's.
+    role: this worker's row of the plan's tables.
     axis: the workers' axis.
     wire_dtype: in which the messages travel; None: x's dtype.
 
   Returns:
     (O, c), float32 or wider; 0 at places that own nothing.
   """
-  me, n = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+  n = jax.lax.axis_size(axis)
   wire = x.astype(wire_dtype or x.dtype)
-  sums = at_least_float32(pick(wire, plan.own, me))
+  sums = at_least_float32(pick(wire, plan.own, role))
   for shift in plan.shifts:
-    sent = pick(wire, shift.places, me)
+    sent = pick(wire, shift.places, role)
     got = jax.lax.ppermute(sent, axis, _perm(n, shift.distance))
-    sums = _add(sums, got, shift.owned, me)
-  counts = jnp.asarray(plan.holders, sums.dtype)[me]  # (O,)
+    sums = _add(sums, got, shift.owned, role)
+    wire, sums = jax.lax.optimization_barrier((wire, sums))
+  counts = jnp.asarray(plan.holders, sums.dtype)[role]  # (O,)
   return sums / counts[:, None]
 
 
-def to_holders(plan: Plan, owned: jax.Array, axis: str) -> jax.Array:
+def to_holders(
+  plan: Plan, owned: jax.Array, role: jax.Array, axis: str
+) -> jax.Array:
   """Owners' values (O, c) at all holders: (S, c), 0 at empty places."""
-  me, n = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-  out = jnp.zeros((plan.places, owned.shape[1]), owned.dtype)
-  out = _put(out, owned, plan.own, me)
+  n = jax.lax.axis_size(axis)
+  # Of owned alone: zeros would be one array for all, and a copy for each.
+  out = pick(owned, _inverse(plan.own, plan.places), role)
   for shift in plan.shifts:
     # The owner at w + d answers the sender at w.
     back = _perm(n, -shift.distance)
-    got = jax.lax.ppermute(pick(owned, shift.owned, me), axis, back)
-    out = _put(out, got, shift.places, me)
+    got = jax.lax.ppermute(pick(owned, shift.owned, role), axis, back)
+    out = _put(out, got, shift.places, role)
+    owned, out = jax.lax.optimization_barrier((owned, out))
   return out
 
 
-def to_all(plan: Plan, owned: jax.Array, axis: str) -> jax.Array:
+def to_all(
+  plan: Plan, owned: jax.Array, role: jax.Array, axis: str
+) -> jax.Array:
   """Owners' values (O, c) at every worker: all fragments in order."""
-  return in_order(plan, jax.lax.all_gather(owned, axis))
+  return in_order(plan, jax.lax.all_gather(owned, axis), role)
 
 
-def in_order(plan: Plan, every: jax.Array) -> jax.Array:
-  """All owners' values (N, O, c) -> all fragments in order (total, c)."""
-  order = np.empty(plan.total + 1, int)
-  order[plan.fragments.ravel()] = np.arange(plan.fragments.size)
-  return _static(every.reshape(-1, every.shape[-1]), order[: plan.total])
+def in_order(plan: Plan, every: jax.Array, role: jax.Array) -> jax.Array:
+  """All owners' values (N, O, c) -> all fragments in order (total, c).
+
+  role: anyone's of this draw.
+  """
+  workers = len(every)
+  draws = plan.fragments.reshape(-1, every.shape[0] * every.shape[1])
+  order = np.empty((len(draws), plan.total + 1), int)
+  np.put_along_axis(order, draws, np.arange(draws.shape[1])[None], axis=1)
+  flat = every.reshape(-1, every.shape[-1])
+  return pick(flat, order[:, : plan.total], role // workers)
 
 
 def _perm(n: int, distance: int) -> list[tuple[int, int]]:
@@ -148,15 +208,25 @@ def _rows(rows: list, length: int, fill: int) -> np.ndarray:
   return out
 
 
+def _inverse(table: np.ndarray, size: int) -> np.ndarray:
+  """(N, O) of numbers below size -> (N, size), where each is; O: nowhere."""
+  n, o = table.shape
+  found = np.full((n, size + 1), o)
+  np.put_along_axis(found, table, np.arange(o)[None], axis=1)
+  return found[:, :size]
+
+
 def _same(table: np.ndarray) -> bool:
   return bool((table == table[0]).all())
 
 
-def pick(x: jax.Array, table: np.ndarray, me: jax.Array) -> jax.Array:
-  """x[table[me]], 0 beyond the end; static where all workers' rows agree."""
+def pick(x: jax.Array, table: np.ndarray, role: jax.Array) -> jax.Array:
+  """x[table[role]], 0 beyond the end; static where all workers' rows agree."""
   if _same(table) and (table < x.shape[0]).all():
     return _static(x, table[0])
-  return jnp.take(x, jnp.asarray(table)[me], axis=0, mode="fill", fill_value=0)
+  return jnp.take(
+    x, jnp.asarray(table)[role], axis=0, mode="fill", fill_value=0
+  )
 
 
 def _static(x: jax.Array, rows: np.ndarray) -> jax.Array:
@@ -165,18 +235,18 @@ def _static(x: jax.Array, rows: np.ndarray) -> jax.Array:
   return x[rows]
 
 
-def _put(x, values, table: np.ndarray, me) -> jax.Array:
-  return x.at[_index(x, table, me)].set(values, mode="drop")
+def _put(x, values, table: np.ndarray, role) -> jax.Array:
+  return x.at[_index(x, table, role)].set(values, mode="drop")
 
 
-def _add(x, values, table: np.ndarray, me) -> jax.Array:
-  return x.at[_index(x, table, me)].add(values.astype(x.dtype), mode="drop")
+def _add(x, values, table: np.ndarray, role) -> jax.Array:
+  return x.at[_index(x, table, role)].add(values.astype(x.dtype), mode="drop")
 
 
-def _index(x, table: np.ndarray, me):
+def _index(x, table: np.ndarray, role):
   if _same(table) and (table < x.shape[0]).all():
     rows = table[0]
     if (np.diff(rows) == 1).all():
       return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
-  return jnp.asarray(table)[me]
+  return jnp.asarray(table)[role]

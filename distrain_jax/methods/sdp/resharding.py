@@ -17,6 +17,7 @@ def reshard(
   new: tuple[Cut, Cut],
   tx: optax.GradientTransformation,
   *,
+  draw: tuple[jax.Array, jax.Array],
   forward: bool,
   owners: bool,
 ) -> Any:
@@ -27,14 +28,18 @@ def reshard(
     old: cuts of parameters and of statistics, for the state's workers.
     new: for another number of workers.
     tx: the optimizer.
+    draw: the one in force, of the old cuts and of the new.
     forward: whether workers hold no more than they train.
     owners: whether the optimizer is sharded over them.
   """
   (cuts, stats), (new_cuts, new_stats) = old, new
   nets, workers = cuts.nets, new_cuts.blocks.workers
-  whole = _whole(nets, state.params) if forward else state.params.shared
+  roles, new_roles = (
+    k * n + jnp.arange(n) for k, n in zip(draw, (cuts.blocks.workers, workers))
+  )
+  whole = _whole(nets, state.params, roles) if forward else state.params.shared
   rest, _ = cuts.split(whole)
-  after = _after(cuts, new_cuts, rest, owners)
+  after = _after((cuts, roles), (new_cuts, new_roles), rest, owners)
 
   def one(x, to):
     """One array (N, ...) of what the optimizer has of a parameter."""
@@ -58,16 +63,20 @@ def reshard(
     masters = jax.tree.map(one, masters, after, is_leaf=is_none)
   params = state.params
   if forward:
-    params = _stack(new_cuts.nets, rest)
+    params = _stack(new_cuts.nets, rest, new_roles)
     if cuts.blocks.layouts:
       blocks = cuts.blocks.whole(cuts.split(state.masters)[1])
-      params = params._replace(whole=new_cuts.blocks.stack(blocks))
+      params = params._replace(
+        whole=new_cuts.blocks.stack(blocks, new_roles[0])
+      )
     else:
       params = params._replace(whole=state.params.whole)
-  model_state = _stack(new_stats.nets, _whole(stats.nets, state.model_state))
+  model_state = _whole(stats.nets, state.model_state, roles)
+  model_state = _stack(new_stats.nets, model_state, new_roles)
   buffers = state.model_state.whole
   if stats.blocks.layouts:
-    buffers = new_stats.blocks.stack(stats.blocks.first_holders(buffers))
+    blocks = stats.blocks.first_holders(buffers, roles[0])
+    buffers = new_stats.blocks.stack(blocks, new_roles[0])
   return state._replace(
     params=params,
     model_state=model_state._replace(whole=buffers),
@@ -76,8 +85,9 @@ def reshard(
   )
 
 
-def _after(cuts: Cut, new_cuts: Cut, rest: Any, owners: bool) -> Any:
+def _after(old, new, rest: Any, owners: bool) -> Any:
   """In place of each parameter: (N, ...) of the old cut -> of the new one."""
+  (cuts, roles), (new_cuts, new_roles) = old, new
   workers = new_cuts.blocks.workers
   shared = new_cuts.nets.sort(rest).shared
   pieces = jax.eval_shape(
@@ -90,14 +100,16 @@ def _after(cuts: Cut, new_cuts: Cut, rest: Any, owners: bool) -> Any:
       if before is None:
         x = x.reshape(-1)[: like.size].reshape(like.shape) if owners else x[0]
       else:
-        x = before.merge(before.rows_of(x)) if owners else before.whole(x)
+        owned = before.rows_of(x) if owners else x
+        whole = before.merge if owners else before.whole
+        x = whole(owned, roles)
       if after is None:
         if owners:
           return layout.restack(x.reshape(1, -1), piece, workers)
         return jnp.broadcast_to(x, (workers, *x.shape))
       if owners:
-        return jax.vmap(after.piece)(after.stack_owned(x))
-      return after.stack(x)
+        return jax.vmap(after.piece)(after.stack_owned(x, new_roles))
+      return after.stack(x, new_roles)
 
     return to
 
@@ -115,11 +127,12 @@ def _after(cuts: Cut, new_cuts: Cut, rest: Any, owners: bool) -> Any:
   return cuts.merge(rest, blocks)
 
 
-def _whole(nets: Subnetworks, parts: Parts) -> Any:
-  held = nets.map(lambda s, x: s.whole(x), parts.held)
+def _whole(nets: Subnetworks, parts: Parts, roles: jax.Array) -> Any:
+  held = nets.map(lambda s, x: s.whole(x, roles), parts.held)
   return nets.join(parts._replace(held=held))
 
 
-def _stack(nets: Subnetworks, tree: Any) -> Parts:
+def _stack(nets: Subnetworks, tree: Any, roles: jax.Array) -> Parts:
   parts = nets.sort(tree)
-  return parts._replace(held=nets.map(lambda s, x: s.stack(x), parts.held))
+  held = nets.map(lambda s, x: s.stack(x, roles), parts.held)
+  return parts._replace(held=held)

@@ -80,30 +80,30 @@ class Sampled(NamedTuple):
     units = 1 / groups if self.leaf.consumer else 1.0
     return units * (1 / layers if self.leaf.writer else 1.0)
 
-  def whole(self, stacked: jax.Array) -> jax.Array:
-    """What all workers hold, (N, ...) -> the whole array. No messages."""
-    rows = jax.vmap(lambda x: self.rows(x, self.small))(stacked)  # (N, S, c)
-    every = [exchange.pick(x, self.plan.own, w) for w, x in enumerate(rows)]
-    return self.merge(jnp.stack(every))
+  # Below, `roles` are all workers' (N,), and no messages are sent.
 
-  def merge(self, owned: jax.Array) -> jax.Array:
-    """What all workers own, (N, O, c) -> the whole array. No messages."""
-    every = exchange.in_order(self.plan, owned)
+  def whole(self, stacked: jax.Array, roles: jax.Array) -> jax.Array:
+    """What all workers hold, (N, ...) -> the whole array."""
+    own = lambda x, r: exchange.pick(self.rows(x, self.small), self.plan.own, r)
+    return self.merge(_each(own, stacked, roles), roles)
+
+  def merge(self, owned: jax.Array, roles: jax.Array) -> jax.Array:
+    """What all workers own, (N, O, c) -> the whole array."""
+    every = exchange.in_order(self.plan, owned, roles[0])
     return self.array(every, self.holding.size)
 
-  def stack(self, whole: jax.Array) -> jax.Array:
+  def stack(self, whole: jax.Array, roles: jax.Array) -> jax.Array:
     """The whole array -> what all workers hold, (N, ...)."""
     rows = self.rows(whole, self.holding.size)
-    n = len(self.plan.at)
-    each = [exchange.pick(rows, self.plan.at, w) for w in range(n)]
-    return jnp.stack([self.array(x, self.small) for x in each])
+    take = lambda r: self.array(
+      exchange.pick(rows, self.plan.at, r), self.small
+    )
+    return _each(take, roles)
 
-  def stack_owned(self, whole: jax.Array) -> jax.Array:
+  def stack_owned(self, whole: jax.Array, roles: jax.Array) -> jax.Array:
     """The whole array -> what all workers own, (N, O, c)."""
     rows = self.rows(whole, self.holding.size)
-    n = len(self.plan.fragments)
-    each = [exchange.pick(rows, self.plan.fragments, w) for w in range(n)]
-    return jnp.stack(each)
+    return _each(lambda r: exchange.pick(rows, self.plan.fragments, r), roles)
 
   def piece(self, owned: jax.Array) -> jax.Array:
     """(O, c) with as many axes as the array has: masks may ask for ndim."""
@@ -154,37 +154,41 @@ class Subnetworks(NamedTuple):
       one, parts.shared, parts.held, is_leaf=lambda x: x is None
     )
 
-  def take(self, held: Any, me: jax.Array) -> Any:
-    """Whole arrays -> what worker `me` holds of them."""
+  def take(self, held: Any, role: jax.Array) -> Any:
+    """Whole arrays -> what the worker of `role` holds of them."""
 
     def one(s, x):
       rows = s.rows(x, s.holding.size)
-      return s.array(exchange.pick(rows, s.plan.at, me), s.small)
+      return s.array(exchange.pick(rows, s.plan.at, role), s.small)
 
     return self.map(one, held)
 
-  def put(self, held: Any, mine: Any, me: jax.Array) -> Any:
-    """Whole arrays with what worker `me` holds replaced by `mine`."""
+  def put(self, held: Any, mine: Any, role: jax.Array) -> Any:
+    """Whole arrays with what the worker of `role` holds replaced by `mine`."""
 
     def one(s, x, part):
       rows, new = s.rows(x, s.holding.size), s.rows(part, s.small)
-      at = jnp.asarray(s.plan.at)[me]
+      at = jnp.asarray(s.plan.at)[role]
       return s.array(rows.at[at].set(new, mode="drop"), s.holding.size)
 
     return self.map(one, held, mine)
 
-  def own(self, mine: Any, me: jax.Array) -> Any:
+  def own(self, mine: Any, role: jax.Array) -> Any:
     """What a worker holds -> the fragments that it owns, (O, c)."""
-    one = lambda s, x: exchange.pick(s.rows(x, s.small), s.plan.own, me)
+    one = lambda s, x: exchange.pick(s.rows(x, s.small), s.plan.own, role)
     return self.map(one, mine)
 
   def to_owners(
-    self, mine: Any, axis: str, wire_dtype: DTypeLike | None = None
+    self,
+    mine: Any,
+    role: jax.Array,
+    axis: str,
+    wire_dtype: DTypeLike | None = None,
   ) -> Any:
     """What workers hold -> means over the holders, (O, c), float32."""
-    send = lambda plan, x: exchange.to_owners(plan, x, axis, wire_dtype)
-    rows = self.map(lambda s, x: s.rows(x, s.small), mine)
-    return self._together(send, rows)
+    send = lambda plan, x: exchange.to_owners(plan, x, role, axis, wire_dtype)
+    rows = lambda s, x: s.rows(x, s.small)
+    return self._together(send, mine, before=rows)
 
   def pieces(self, owned: Any) -> Any:
     """Owned fragments in the form in which an optimizer sees them."""
@@ -194,21 +198,21 @@ class Subnetworks(NamedTuple):
     """Undoes `pieces`."""
     return self.map(lambda s, x: s.rows_of(x), pieces)
 
-  def to_holders(self, owned: Any, axis: str) -> Any:
+  def to_holders(self, owned: Any, role: jax.Array, axis: str) -> Any:
     """Owners' fragments (O, c) -> what each worker holds."""
-    send = lambda plan, x: exchange.to_holders(plan, x, axis)
+    send = lambda plan, x: exchange.to_holders(plan, x, role, axis)
     rows = self._together(send, owned)
     return self.map(lambda s, x: s.array(x, s.small), rows)
 
-  def to_all(self, owned: Any, axis: str) -> Any:
+  def to_all(self, owned: Any, role: jax.Array, axis: str) -> Any:
     """Owners' fragments (O, c) -> whole arrays on every worker."""
-    send = lambda plan, x: exchange.to_all(plan, x, axis)
+    send = lambda plan, x: exchange.to_all(plan, x, role, axis)
     rows = self._together(send, owned)
     return self.map(lambda s, x: s.array(x, s.holding.size), rows)
 
-  def everywhere(self, parts: Parts, me: jax.Array, axis: str) -> Any:
-    """The whole tree, on every worker, of what worker `me` holds."""
-    held = self.to_all(self.own(parts.held, me), axis)
+  def everywhere(self, parts: Parts, role: jax.Array, axis: str) -> Any:
+    """The whole tree, on every worker, of what the worker of `role` holds."""
+    held = self.to_all(self.own(parts.held, role), role, axis)
     return self.join(parts._replace(held=held))
 
   def scale(self, tree: Any, up: bool) -> Any:
@@ -234,23 +238,39 @@ class Subnetworks(NamedTuple):
       None if s is None else fn(s, *xs) for s, *xs in columns
     )
 
-  def _together(self, fn, tree: Any) -> Any:
-    """fn(plan, rows) with small arrays of one plan side by side."""
+  def _together(self, fn, tree: Any, before=lambda s, x: x) -> Any:
+    """fn(plan, before(sampled, x)), small arrays of one plan side by side.
+
+    One array waits for the other: else all their messages, and copies in the
+    order of rows, would be in memory at once.
+    """
     leaves = self.treedef.flatten_up_to(tree)
-    out: list[Any] = [None] * len(leaves)
     groups: dict[tuple, list[int]] = {}
     for i, (s, x) in enumerate(zip(self.leaves, leaves)):
       if s is not None:
         alone = i if x.size >= SMALL else None
         groups.setdefault((id(s.plan), x.dtype, alone), []).append(i)
+    out: list[Any] = [None] * len(leaves)
+    sent = None
     for members in groups.values():
-      rows = [leaves[i] for i in members]
+      xs = [leaves[i] for i in members]
+      # Both sides are used again: what is not, a compiler takes out.
+      xs, sent = jax.lax.optimization_barrier((xs, sent))
+      if sent is not None:
+        out = [x if y is None else y for x, y in zip(out, sent)]
+      rows = [before(self.leaves[i], x) for i, x in zip(members, xs)]
       joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
-      ends = np.cumsum([x.shape[1] for x in rows])
-      sent = fn(self.leaves[members[0]].plan, joined)
-      for i, x in zip(members, jnp.split(sent, ends[:-1], axis=1)):
-        out[i] = x
+      ends = np.cumsum([x.shape[1] for x in rows])[:-1]
+      result = fn(self.leaves[members[0]].plan, joined)
+      sent = [None] * len(leaves)
+      for i, x in zip(members, jnp.split(result, ends, axis=1)):
+        sent[i] = out[i] = x
     return self.treedef.unflatten(out)
+
+
+def _each(fn, *arrays: jax.Array) -> jax.Array:
+  """fn of every worker's, stacked: one by one, so that tables may be static."""
+  return jnp.stack([fn(*x) for x in zip(*arrays)])
 
 
 def of_variables(nets: Subnetworks) -> tuple[Subnetworks, Subnetworks]:
@@ -270,27 +290,31 @@ def all_shared(tree: Any) -> Subnetworks:
 
 
 def cut(
-  structure: Structure, holdings: dict[str, assignments.Holding]
+  structure: Structure, draws: list[dict[str, assignments.Holding]]
 ) -> Subnetworks:
-  """The subnetworks by a table of holdings.
+  """The subnetworks by tables of holdings.
 
   Args:
     structure: of the model.
-    holdings: by family; what is not in it is shared.
+    draws: by family; what is not in it is shared. Several are equal but for
+      who holds what.
   """
   plans: dict[Any, exchange.Plan] = {}
 
   def one(leaf: Leaf) -> Sampled | None:
-    holding = holdings.get(leaf.family) if leaf.family else None
-    if holding is None:
+    if not leaf.family or leaf.family not in draws[0]:
       return None
-    cell = math.prod(leaf.shape) // math.prod(holding.size)
-    pieces = holding.owners.shape[1]
+    holdings = [holdings[leaf.family] for holdings in draws]
+    first = holdings[0]
+    cell = math.prod(leaf.shape) // math.prod(first.size)
+    pieces = first.owners.shape[1]
     whole = cell % pieces != 0
     # Families with equal tables share a plan, and so their messages.
-    key = (holding.size, whole, *(x.tobytes() for x in holding[1:]))
+    tables = [x.tobytes() for holding in holdings for x in holding[1:]]
+    key = (first.size, whole, *tables)
     if key not in plans:
-      plans[key] = exchange.make_plan(holding, whole)
-    return Sampled(leaf, holding, plans[key], 1 if whole else pieces)
+      each = [exchange.make_plan(holding, whole) for holding in holdings]
+      plans[key] = exchange.together(each)
+    return Sampled(leaf, first, plans[key], 1 if whole else pieces)
 
   return Subnetworks(structure.treedef, tuple(map(one, structure.leaves)))

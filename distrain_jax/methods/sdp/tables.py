@@ -3,17 +3,18 @@
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import jax
 import numpy as np
 
-from distrain_jax.methods.sdp import assignments, whole
-from distrain_jax.methods.sdp.assignments import Holding
+from distrain_jax.methods.sdp import assignments, rings, whole
+from distrain_jax.methods.sdp.assignments import Holding, Places
 from distrain_jax.methods.sdp.structure import LEVELS, Structure
 
-ASSIGNMENTS = ("cyclic", "shuffled", "balanced", "nested")
+ASSIGNMENTS = ("cyclic", "shuffled", "balanced", "nested", "rolling")
+REDRAWN = ("shuffled", "rolling")
 # (family, layers or 1, units, workers) -> its holding; None: shared by all.
 Assignment = str | Callable[[str, int, int, int], Holding | None]
 Coverage = float | tuple[float, float]
@@ -48,6 +49,30 @@ def check(level: str, coverage: Coverage, assignment: Assignment) -> None:
     )
 
 
+def check_redraw(assignment: Assignment, redraw_every: int | None) -> None:
+  """Refuses to draw anew what does not change.
+
+  Raises:
+    ValueError: if redraw_every is no number of steps, or without meaning.
+  """
+  whole = isinstance(redraw_every, Integral) and redraw_every is not True
+  if redraw_every is not None and not (whole and redraw_every > 0):
+    raise ValueError(
+      "sdp: `redraw_every` is the number of steps between two draws of the "
+      f"masks, at least 1, or None; got {redraw_every!r}."
+    )
+  if redraw_every is None:
+    fits = assignment != "rolling"
+  else:
+    fits = assignment in REDRAWN
+  if not fits:
+    raise ValueError(
+      f"sdp: redraw_every={redraw_every!r} and assignment={assignment!r} do not "
+      f"go together: of {' and '.join(map(repr, REDRAWN))} another one is drawn "
+      "every so many steps, others stay as they are."
+    )
+
+
 def hold(
   structure: Structure,
   workers: int,
@@ -56,6 +81,7 @@ def hold(
   coverage: Coverage,
   assignment: Assignment,
   seed: int,
+  draw: int | None = None,
 ) -> dict[str, Holding]:
   """Every family's holding.
 
@@ -70,10 +96,9 @@ def hold(
       # Of the family's own, so that adding one does not change the others;
       # the layers are one table, whatever is sampled inside of them.
       name = family if level == "neuron" else "layers"
-      own = [seed, zlib.crc32(name.encode())]
-      rng = np.random.default_rng(own) if assignment == "shuffled" else None
+      at = _places(name, assignment, seed, draw)
       first = assignment == "nested"
-      found = _one(level, layers, units, workers, coverage, rng, first)
+      found = _one(level, layers, units, workers, coverage, at, first)
     if found is not None:
       _check_size(family, found, layers, units, workers)
       holdings[family] = assignments.check(family, found)
@@ -95,6 +120,7 @@ def hold_blocks(
   coverage: Coverage,
   assignment: Assignment,
   seed: int,
+  draw: int | None = None,
 ) -> np.ndarray:
   """Who holds which of the blocks that are held whole: (N, K), bool.
 
@@ -115,10 +141,12 @@ def hold_blocks(
   }
   rng = None
   if assignment == "shuffled":
-    rng = np.random.default_rng([seed, zlib.crc32(b"blocks")])
+    rng = np.random.default_rng([seed, zlib.crc32(b"blocks"), draw or 0])
   wanted = coverage[0] if level == "both" else coverage
-  holders = assignments.holders(workers, wanted)
-  return whole.hold(sizes, workers, holders, rng, assignment == "balanced")
+  holders = rings.holders(workers, wanted)
+  balanced = assignment == "balanced"
+  held = whole.hold(sizes, workers, holders, rng, balanced)
+  return np.roll(held, draw or 0, axis=0) if assignment == "rolling" else held
 
 
 def _check_size(family, holding, layers, units, workers) -> None:
@@ -157,9 +185,21 @@ def _check_lanes(holdings: dict[str, Holding], level: str) -> None:
       )
 
 
-def _one(level, layers, units, workers, coverage, rng, first) -> Holding | None:
+def _places(
+  name: str, assignment: Assignment, seed: int, draw: int | None
+) -> Places:
+  """Where workers stand, for a family or the layers."""
+  if assignment == "rolling":
+    return Places(turn=draw or 0)
+  if assignment != "shuffled":
+    return Places()
+  own = [seed, zlib.crc32(name.encode()), draw or 0]
+  return Places(np.random.default_rng(own), strides=draw is None)
+
+
+def _one(level, layers, units, workers, coverage, at, first) -> Holding | None:
   if level == "neuron":
-    return assignments.neurons(layers, units, workers, coverage, rng, first)
+    return assignments.neurons(layers, units, workers, coverage, at, first)
   if level == "block":
-    return assignments.blocks(layers, workers, coverage, rng)
-  return assignments.both(layers, units, workers, coverage, rng)
+    return assignments.blocks(layers, workers, coverage, at)
+  return assignments.both(layers, units, workers, coverage, at)

@@ -22,35 +22,35 @@ class Holders(NamedTuple):
   axis: str
   wire_dtype: DTypeLike | None
 
-  def targets(self, trained: Parts, me: jax.Array) -> Any:
+  def targets(self, trained: Parts, role: jax.Array) -> Any:
     """What the optimizer updates on this worker, as one tree."""
-    del me
+    del role
     return self.nets.join(trained)
 
-  def means(self, grads: Parts) -> tuple[Any, jax.Array]:
+  def means(self, grads: Parts, role: jax.Array) -> tuple[Any, jax.Array]:
     """Means over the holders like `targets`, and their squared norm."""
     wire = lambda x: x.astype(self.wire_dtype or x.dtype)
     shared = jax.lax.pmean(jax.tree.map(wire, grads.shared), self.axis)
-    owned = self.nets.to_owners(grads.held, self.axis, self.wire_dtype)
+    owned = self.nets.to_owners(grads.held, role, self.axis, self.wire_dtype)
     square = jax.lax.psum(gradients.squared_norm(owned), self.axis)
     square += gradients.squared_norm(shared)
     back = lambda x, g: x.astype(self.wire_dtype or g.dtype)
     owned = jax.tree.map(back, owned, grads.held)
-    held = self.nets.to_holders(owned, self.axis)
+    held = self.nets.to_holders(owned, role, self.axis)
     return self.nets.join(Parts(shared, held)), square
 
-  def publish(self, targets: Any, trained: Parts, me: jax.Array) -> Parts:
+  def publish(self, targets: Any, trained: Parts, role: jax.Array) -> Parts:
     """The new parameters of what this worker trains."""
-    del trained, me
+    del trained, role
     return self.nets.sort(targets)
 
   def publish_to_all(
-    self, targets: Any, trained: Parts, me: jax.Array
+    self, targets: Any, trained: Parts, role: jax.Array
   ) -> Parts:
     """All new parameters, on every worker."""
     del trained
     new = self.nets.sort(targets)
-    held = self.nets.to_all(self.nets.own(new.held, me), self.axis)
+    held = self.nets.to_all(self.nets.own(new.held, role), role, self.axis)
     return Parts(self.nets.join(new._replace(held=held)), None)
 
 
@@ -64,32 +64,32 @@ class Owners(NamedTuple):
   axis: str
   wire_dtype: DTypeLike | None
 
-  def targets(self, trained: Parts, me: jax.Array) -> Any:
-    shared = self._layout(trained).pieces(trained.shared, me)
-    owned = self.nets.own(trained.held, me)
+  def targets(self, trained: Parts, role: jax.Array) -> Any:
+    shared = self._layout(trained).pieces(
+      trained.shared, jax.lax.axis_index(self.axis)
+    )
+    owned = self.nets.own(trained.held, role)
     return self.nets.join(Parts(shared, self.nets.pieces(owned)))
 
-  def means(self, grads: Parts) -> tuple[Any, jax.Array]:
+  def means(self, grads: Parts, role: jax.Array) -> tuple[Any, jax.Array]:
     flat = self._layout(grads)
     shared = flat.reduce_scatter(grads.shared, self.axis, self.wire_dtype)
-    owned = self.nets.to_owners(grads.held, self.axis, self.wire_dtype)
+    owned = self.nets.to_owners(grads.held, role, self.axis, self.wire_dtype)
     means = self.nets.join(Parts(shared, self.nets.pieces(owned)))
     return means, jax.lax.psum(gradients.squared_norm(means), self.axis)
 
-  def publish(self, targets: Any, trained: Parts, me: jax.Array) -> Parts:
-    del me
+  def publish(self, targets: Any, trained: Parts, role: jax.Array) -> Parts:
     new = self.nets.sort(targets)
     shared = self._layout(trained).all_gather(new.shared, self.axis)
     owned = self.nets.rows_of(new.held)
-    return Parts(shared, self.nets.to_holders(owned, self.axis))
+    return Parts(shared, self.nets.to_holders(owned, role, self.axis))
 
   def publish_to_all(
-    self, targets: Any, trained: Parts, me: jax.Array
+    self, targets: Any, trained: Parts, role: jax.Array
   ) -> Parts:
-    del me
     new = self.nets.sort(targets)
     shared = self._layout(trained).all_gather(new.shared, self.axis)
-    held = self.nets.to_all(self.nets.rows_of(new.held), self.axis)
+    held = self.nets.to_all(self.nets.rows_of(new.held), role, self.axis)
     return Parts(self.nets.join(Parts(shared, held)), None)
 
   def _layout(self, parts: Parts) -> layout.Layout:
@@ -97,20 +97,22 @@ class Owners(NamedTuple):
     return layout.make_layout(parts.shared, workers)
 
 
-def average(stats: Cut, model_state: Parts, axis: str) -> Parts:
+def average(
+  stats: Cut, model_state: Parts, role: jax.Array, axis: str
+) -> Parts:
   """Running statistics, averaged over those that hold them."""
 
   def one(x):
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     return jax.lax.pmean(x, axis) if floating else x
 
-  owned = stats.nets.to_owners(model_state.held, axis)
+  owned = stats.nets.to_owners(model_state.held, role, axis)
   owned = jax.tree.map(
     lambda x, old: x.astype(old.dtype), owned, model_state.held
   )
-  blocks = stats.blocks.to_owners(model_state.whole, axis)
+  blocks = stats.blocks.to_owners(model_state.whole, role, axis)
   return Parts(
     shared=jax.tree.map(one, model_state.shared),
-    held=stats.nets.to_holders(owned, axis),
-    whole=stats.blocks.to_holders(blocks, axis),
+    held=stats.nets.to_holders(owned, role, axis),
+    whole=stats.blocks.to_holders(blocks, role, axis),
   )

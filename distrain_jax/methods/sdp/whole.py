@@ -63,19 +63,21 @@ def merge(rest: Any, blocks: Mapping[str, Any], depth: int = 0) -> Any:
 class Blocks(NamedTuple):
   """Of one model's parameters, or statistics; static."""
 
-  held: np.ndarray  # (N, K), bool
+  # Roles x K, bool: N workers of the first draw, then of the next.
+  held: np.ndarray
   layouts: dict[str, layout.Layout]  # of each block, in the order of K
+  draws: int = 1
 
   @property
   def workers(self) -> int:
-    return len(self.held)
+    return len(self.held) // self.draws
 
-  def of(self, worker: int) -> tuple[str, ...]:
-    """The blocks that a worker holds."""
-    return tuple(n for n, h in zip(self.layouts, self.held[worker]) if h)
+  def of(self, role: int) -> tuple[str, ...]:
+    """The blocks that the worker of a role holds."""
+    return tuple(n for n, h in zip(self.layouts, self.held[role]) if h)
 
-  def switch(self, me: jax.Array, branch: Callable[[int], Any]) -> Any:
-    """branch(a worker that holds the same as `me`), compiled for each set.
+  def switch(self, role: jax.Array, branch: Callable[[int], Any]) -> Any:
+    """branch(a role that holds the same as `role`), compiled for each set.
 
     Under `vmap` all branches run for all workers.
     """
@@ -85,17 +87,25 @@ class Blocks(NamedTuple):
     if len(sets) == 1:
       return branch(0)
     branches = [lambda w=int(w): branch(w) for w in first]
-    return jax.lax.switch(jnp.asarray(index.reshape(-1))[me], branches)
+    return jax.lax.switch(jnp.asarray(index.reshape(-1))[role], branches)
 
-  def pack(self, blocks: Mapping[str, Any], worker: int) -> Buffers:
+  def by_draw(self, role: jax.Array, fn: Callable[[int], Any]) -> Any:
+    """fn(the first role of the draw that `role` is of)."""
+    first = [draw * self.workers for draw in range(self.draws)]
+    if self.draws == 1:
+      return fn(0)
+    branches = [lambda r=r: fn(r) for r in first]
+    return jax.lax.switch(role // self.workers, branches)
+
+  def pack(self, blocks: Mapping[str, Any], role: int) -> Buffers:
     """What a worker holds, or has for it: blocks -> {dtype: (N, S)}."""
-    columns = {n: self._columns(n, blocks[n]) for n in self.of(worker)}
-    return self._side_by_side(columns, worker, self.workers)
+    columns = {n: self._columns(n, blocks[n]) for n in self.of(role)}
+    return self._side_by_side(columns, role, self.workers)
 
-  def unpack(self, buffers: Buffers, worker: int) -> dict[str, Any]:
+  def unpack(self, buffers: Buffers, role: int) -> dict[str, Any]:
     """Undoes `pack`."""
     out, at = {}, dict.fromkeys(buffers, 0)
-    for name in self.of(worker):
+    for name in self.of(role):
       rows = []
       for leaf in self.layouts[name].leaves:
         kind = str(leaf.dtype)
@@ -110,27 +120,38 @@ class Blocks(NamedTuple):
     return {n: x.pieces(blocks[n], me) for n, x in self.layouts.items()}
 
   def to_owners(
-    self, buffers: Buffers, axis: str, wire_dtype: DTypeLike | None = None
+    self,
+    buffers: Buffers,
+    role: jax.Array,
+    axis: str,
+    wire_dtype: DTypeLike | None = None,
   ) -> dict[str, Any]:
     """Holders' buffers -> means over them, as owned pieces in float32."""
     got = {
       k: _exchange(x.astype(wire_dtype or x.dtype), axis)
       for k, x in buffers.items()
     }
+    return self.by_draw(role, lambda first: self._means(got, first))
+
+  def _means(self, got: Buffers, first: int) -> dict[str, Any]:
+    """Of what all workers sent to an owner, in the draw of role `first`."""
     sums: dict[str, list[Any]] = {n: [] for n in self.layouts}
     for sender in range(self.workers):
       mine = {k: x[sender] for k, x in got.items()}
-      for name, leaves in self._cut(mine, sender).items():
+      for name, leaves in self._cut(mine, first + sender).items():
         leaves = [at_least_float32(x) for x in leaves]
         before = sums[name]
         sums[name] = [a + b for a, b in zip(before, leaves)] or leaves
-    counts = dict(zip(self.layouts, self.held.sum(0)))
+    held = self.held[first : first + self.workers]
+    counts = dict(zip(self.layouts, held.sum(0)))
     return {
       n: x.as_pieces([s / counts[n] for s in sums[n]])
       for n, x in self.layouts.items()
     }
 
-  def to_holders(self, pieces: Mapping[str, Any], axis: str) -> Buffers:
+  def to_holders(
+    self, pieces: Mapping[str, Any], role: jax.Array, axis: str
+  ) -> Buffers:
     """Owners' pieces -> each holder's buffers, in the blocks' own dtypes."""
     columns = {}
     for name, kept in self.layouts.items():
@@ -138,8 +159,14 @@ class Blocks(NamedTuple):
       columns[name] = [
         (str(y.dtype), x.reshape(1, -1).astype(y.dtype)) for x, y in leaves
       ]
-    rows = [self._side_by_side(columns, w, 1) for w in range(self.workers)]
-    sent = jax.tree.map(lambda *x: jnp.concatenate(x), *rows)  # (N, S)
+
+    def rows(first: int):  # to all workers: (N, S)
+      each = [
+        self._side_by_side(columns, first + w, 1) for w in range(self.workers)
+      ]
+      return jax.tree.map(lambda *x: jnp.concatenate(x), *each)
+
+    sent = self.by_draw(role, rows)
     return {k: _exchange(x, axis) for k, x in sent.items()}
 
   def to_all(self, pieces: Mapping[str, Any], axis: str) -> dict[str, Any]:
@@ -153,29 +180,37 @@ class Blocks(NamedTuple):
     ]
     return {n: x.as_tree(rows(n)) for n, x in self.layouts.items()}
 
-  def first_holders(self, stacked: Buffers) -> dict[str, Any]:
+  def first_holders(self, stacked: Buffers, role: jax.Array) -> dict[str, Any]:
     """All workers' buffers (N, N, S) -> all blocks. No messages."""
-    out: dict[str, Any] = {}
-    for worker in range(self.workers):
-      mine = {k: x[worker] for k, x in stacked.items()}
-      out = {**self.unpack(mine, worker), **out}
-    return {n: out[n] for n in self.layouts}
 
-  def stack(self, blocks: Mapping[str, Any]) -> Buffers:
+    def of_draw(first: int):
+      out: dict[str, Any] = {}
+      for worker in range(self.workers):
+        mine = {k: x[worker] for k, x in stacked.items()}
+        out = {**self.unpack(mine, first + worker), **out}
+      return {n: out[n] for n in self.layouts}
+
+    return self.by_draw(role, of_draw)
+
+  def stack(self, blocks: Mapping[str, Any], role: jax.Array) -> Buffers:
     """All blocks -> all workers' buffers (N, N, S). No messages."""
-    each = [self.pack(blocks, w) for w in range(self.workers)]
-    return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+    def of_draw(first: int):
+      each = [self.pack(blocks, first + w) for w in range(self.workers)]
+      return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+    return self.by_draw(role, of_draw)
 
   @property
   def columns(self) -> dict[str, int]:
     """S by dtype: as many as the longest worker's blocks have."""
-    each = [self._count(w) for w in range(self.workers)]
+    each = [self._count(role) for role in range(len(self.held))]
     kinds = {str(x.dtype) for y in self.layouts.values() for x in y.leaves}
     return {k: max(c.get(k, 0) for c in each) for k in sorted(kinds)}
 
-  def _count(self, worker: int) -> dict[str, int]:
+  def _count(self, role: int) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for name in self.of(worker):
+    for name in self.of(role):
       for leaf in self.layouts[name].leaves:
         kind = str(leaf.dtype)
         counts[kind] = counts.get(kind, 0) + leaf.columns
@@ -187,18 +222,18 @@ class Blocks(NamedTuple):
     pairs = zip(kept.rows(block), kept.leaves)
     return [(str(y.dtype), x.astype(y.dtype)) for x, y in pairs]
 
-  def _side_by_side(self, columns, worker: int, rows: int) -> Buffers:
+  def _side_by_side(self, columns, role: int, rows: int) -> Buffers:
     """What a worker holds of [(dtype, (rows, m)), ...] by block, padded."""
     parts: dict[str, list[jax.Array]] = {k: [] for k in self.columns}
-    for name in self.of(worker):
+    for name in self.of(role):
       for kind, x in columns[name]:
         parts[kind].append(x)
     return {k: _padded(parts[k], rows, n, k) for k, n in self.columns.items()}
 
-  def _cut(self, row: dict[str, jax.Array], worker: int):
+  def _cut(self, row: dict[str, jax.Array], role: int):
     """{dtype: (S,)} as that worker lays it out -> [(m,), ...] by block."""
     out, at = {}, dict.fromkeys(row, 0)
-    for name in self.of(worker):
+    for name in self.of(role):
       leaves = []
       for leaf in self.layouts[name].leaves:
         kind = str(leaf.dtype)
@@ -220,20 +255,23 @@ def _exchange(x: jax.Array, axis: str) -> jax.Array:
 
 
 def make(
-  blocks: Mapping[str, Any], held: np.ndarray, dtype: DTypeLike | None = None
+  blocks: Mapping[str, Any],
+  draws: list[np.ndarray],
+  dtype: DTypeLike | None = None,
 ) -> Blocks:
   """Blocks of arrays or shapes, and who holds them.
 
   Args:
     blocks: by name, in the order of K.
-    held: (N, K), bool; each has a holder.
+    draws: (N, K), bool, of who holds them; each has a holder.
     dtype: in which workers hold them; None: their own.
   """
   layouts = {}
   for name, block in blocks.items():
     like = lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype)
-    layouts[name] = layout.make_layout(jax.tree.map(like, block), len(held))
-  return Blocks(held, layouts)
+    shapes = jax.tree.map(like, block)
+    layouts[name] = layout.make_layout(shapes, len(draws[0]))
+  return Blocks(np.concatenate(draws), layouts, len(draws))
 
 
 def hold(

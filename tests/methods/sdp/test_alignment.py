@@ -13,7 +13,8 @@ from distrain_jax.methods.sdp import alignment, alone
 
 pytestmark = pytest.mark.core
 
-KEY, E, KEYS = toys.KEY, toys.E, ("cosine", "norm_ratio", "cosine_to_mean")
+KEY, E = toys.KEY, toys.E
+KEYS = ("cosine", "norm_ratio", "cosine_sampled", "cosine_to_mean")
 NAMED = {"names": toys.NAMES, "workers": toys.N}
 
 
@@ -44,6 +45,7 @@ def compare(a, b):
 def expected(level, masking):
   p, rows, on = toys.start(), toys.batch(0), toys.masks(level)
   trains = toys.whole_masks(level, on)
+  all_hold = flat({k: m.all(0) for k, m in trains.items()})
   pairs, sums = [], 0.0
   for w in range(toys.N):
     mine = slice(w * toys.ROWS // toys.N, (w + 1) * toys.ROWS // toys.N)
@@ -52,7 +54,9 @@ def expected(level, masking):
     held = flat({k: trains[k][w] for k in p})
     g = flat(toys.gradient(p, there, x, y)[1]) * held
     dense = flat(toys.gradient(p, np.ones_like(on[w]), x, y)[1])
-    pairs.append(compare(g, dense * held))
+    some = held * ~all_hold
+    sampled, _ = compare(g * some, dense * some)
+    pairs.append((*compare(g, dense * held), sampled))
     sums = sums + np.stack([g, held])
   dense = toys.gradient(p, np.ones_like(on[0]), rows["x"], rows["y"])[1]
   return [*zip(*pairs), compare(sums[0] / sums[1], flat(dense))[0]]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrain_jax.methods.sdp import assignments
+from distrain_jax.methods.sdp import assignments, rings
 
 pytestmark = pytest.mark.core
 
@@ -15,8 +15,10 @@ WORKERS = (1, 2, 3, 4, 8)
 GAPS = {1: 0, 2: 0.146, 3: 0.352, 4: 0.573, 5: 0.767, 6: 0.905, 8: 1}
 
 
-def rng(seed):
-  return None if seed is None else np.random.default_rng(seed)
+def places(seed):
+  if seed is None:
+    return assignments.IN_ORDER
+  return assignments.Places(np.random.default_rng(seed))
 
 
 def judge(holding, workers, holders, even=True, rounds=1):
@@ -48,7 +50,7 @@ def neuron_tables(draw):
 def test_units_are_held_and_owned_evenly(table):
   layers, units, workers, holders, seed = table
   found = assignments.neurons(
-    layers, units, workers, holders / workers, rng(seed)
+    layers, units, workers, holders / workers, places(seed)
   )
   even = units * holders % workers == 0
   judge(found, workers, holders, even, rounds=layers)
@@ -63,7 +65,7 @@ def test_units_are_held_and_owned_evenly(table):
 def test_layers_are_held_and_owned_evenly(layers, workers, seed):
   for holders in range(1, workers + 1):
     coverage = holders / workers
-    found = assignments.blocks(layers, workers, coverage, rng(seed))
+    found = assignments.blocks(layers, workers, coverage, places(seed))
     judge(found, workers, holders, layers * holders % workers == 0)
     for row in found.lanes:  # in order of depth, then what is empty
       assert (np.diff(row[row < layers]) > 0).all()
@@ -99,12 +101,12 @@ def test_layers_go_round_the_ring_as_the_docstring_says():
 @pytest.mark.parametrize("coverage", [(0.5, 0.5), (0.5, 1.0), (1.0, 0.25)])
 def test_both_levels_are_held_and_owned_evenly(coverage, layers, seed):
   holders = round(8 * coverage[0] * coverage[1])
-  found = assignments.both(layers, 16, 8, coverage, rng(seed))
+  found = assignments.both(layers, 16, 8, coverage, places(seed))
   judge(found, 8, holders)
-  alone = assignments.blocks(layers, 8, coverage[0], rng(seed))
+  alone = assignments.blocks(layers, 8, coverage[0], places(seed))
   np.testing.assert_array_equal(found.lanes, alone.lanes)
   np.testing.assert_array_equal(
-    assignments.both(layers, 1, 8, coverage, rng(seed)).held, alone.held
+    assignments.both(layers, 1, 8, coverage, places(seed)).held, alone.held
   )
 
 
@@ -136,7 +138,7 @@ def test_the_spectral_gap_of_the_ring_is_the_known_one(holders, gap):
 def test_workers_are_connected_from_two_holders_on(workers, seed):
   for holders in range(1, workers + 1):
     coverage = holders / workers
-    held = assignments.neurons(1, 24, workers, coverage, rng(seed)).held
+    held = assignments.neurons(1, 24, workers, coverage, places(seed)).held
     if 24 % workers == 0:
       assert components(held) == (workers if holders == 1 else 1)
 
@@ -153,7 +155,7 @@ def test_two_workers_overlap_by_their_distance_on_the_ring(holders):
 
 
 def test_shuffled_layers_have_windows_of_their_own_and_the_same_each_time():
-  a, b, c = (assignments.neurons(8, 16, 8, 0.25, rng(s)) for s in (0, 0, 1))
+  a, b, c = (assignments.neurons(8, 16, 8, 0.25, places(s)) for s in (0, 0, 1))
   np.testing.assert_array_equal(a.held, b.held)
   assert not np.array_equal(a.held, c.held)
   by_layer = a.held.reshape(8, 8, 8)
@@ -187,12 +189,12 @@ def test_a_coverage_of_no_whole_holders_is_refused_with_the_nearest(
   workers, coverage, says
 ):
   with pytest.raises(ValueError, match=says):
-    assignments.holders(workers, coverage)
+    rings.holders(workers, coverage)
 
 
 def test_thirds_may_be_written_in_three_digits():
-  assert assignments.holders(3, 0.333) == 1
-  assert assignments.holders(3, 0.667) == 2
+  assert rings.holders(3, 0.333) == 1
+  assert rings.holders(3, 0.667) == 2
 
 
 def test_what_nobody_holds_or_a_stranger_owns_is_refused():

@@ -17,13 +17,19 @@ pytestmark = pytest.mark.core
 
 N, C = 4, 3  # workers, elements of a fragment
 EACH = P("data")
+
+
+def shuffled(seed):
+  return assignments.Places(np.random.default_rng(seed))
+
+
 HOLDINGS = {
   "ring": assignments.neurons(1, 8, N, 0.5),
   "alone": assignments.neurons(1, 8, N, 0.25),
   "all": assignments.neurons(1, 8, N, 1.0),
-  "layered": assignments.neurons(3, 8, N, 0.75, np.random.default_rng(0)),
+  "layered": assignments.neurons(3, 8, N, 0.75, shuffled(0)),
   "uneven": assignments.neurons(1, 6, N, 0.5),  # cells of two fragments
-  "blocks": assignments.blocks(8, N, 0.5, np.random.default_rng(1)),
+  "blocks": assignments.blocks(8, N, 0.5, shuffled(1)),
   "both": assignments.both(4, 8, N, (0.5, 0.5)),
 }
 
@@ -92,9 +98,10 @@ def test_means_reach_the_owners_and_values_all_holders(name, whole, runner):
   x = values(table)
 
   def there_and_back(x):
-    means = exchange.to_owners(plan, x, "data")
-    back = exchange.to_holders(plan, means, "data")
-    return means, back, exchange.to_all(plan, means, "data")
+    me = jax.lax.axis_index("data")
+    means = exchange.to_owners(plan, x, me, "data")
+    back = exchange.to_holders(plan, means, me, "data")
+    return means, back, exchange.to_all(plan, means, me, "data")
 
   run = jax.jit(runner(there_and_back, (EACH,), (EACH, EACH, EACH)))
   means, back, every = map(np.asarray, run(x))
@@ -120,18 +127,15 @@ def test_means_reach_the_owners_and_values_all_holders(name, whole, runner):
 
 def test_sums_travel_in_the_wire_s_dtype_and_add_up_in_float32():
   plan, table = exchange.make_plan(HOLDINGS["ring"]), Table(HOLDINGS["ring"])
-  send = functools.partial(
-    exchange.to_owners, plan, axis="data", wire_dtype="bfloat16"
-  )
-  x = values(table)
-  mapped = jax.vmap(send, axis_name="data")
+  send = functools.partial(exchange.to_owners, plan, axis="data")
+  low = functools.partial(send, wire_dtype="bfloat16")
+  x, everyone = values(table), np.arange(N)
+  mapped = functools.partial(jax.vmap(low, axis_name="data"), role=everyone)
   means = np.asarray(mapped(x))
   assert means.dtype == np.float32
   rounded = np.asarray(x.astype(jnp.bfloat16), np.float32)
-  exact = jax.vmap(
-    functools.partial(exchange.to_owners, plan, axis="data"), axis_name="data"
-  )
-  np.testing.assert_array_equal(means, exact(rounded))
+  exact = jax.vmap(send, axis_name="data")
+  np.testing.assert_array_equal(means, exact(rounded, role=everyone))
 
 
 def messages(fn, x, mesh):
@@ -161,8 +165,9 @@ def test_there_are_holders_less_one_shifts_each_way(holders, mesh):
   holding = assignments.neurons(2, 16, N, holders / N)
   plan = exchange.make_plan(holding)
   x = values(Table(holding))
-  there = lambda x: exchange.to_owners(plan, x, "data", "bfloat16")
-  back = lambda x: exchange.to_holders(plan, x, "data")
+  me = lambda: jax.lax.axis_index("data")
+  there = lambda x: exchange.to_owners(plan, x, me(), "data", "bfloat16")
+  back = lambda x: exchange.to_holders(plan, x, me(), "data")
   owned = np.zeros((N, 2, C), np.float32)  # 1/N of two layers' cells
   for fn, given, dtype in ((there, x, "bfloat16"), (back, owned, "float32")):
     sent = messages(fn, given, mesh)
@@ -173,11 +178,11 @@ def test_there_are_holders_less_one_shifts_each_way(holders, mesh):
 
 def test_shuffled_layers_of_one_plan_share_their_messages(mesh):
   """Strides differ by layer, and so do distances: never more than N - 1."""
-  holding = assignments.neurons(8, 8, N, 0.5, np.random.default_rng(0))
+  holding = assignments.neurons(8, 8, N, 0.5, shuffled(0))
   plan = exchange.make_plan(holding)
-  sent = messages(
-    lambda x: exchange.to_owners(plan, x, "data"), values(Table(holding)), mesh
-  )
+  me = lambda: jax.lax.axis_index("data")
+  there = lambda x: exchange.to_owners(plan, x, me(), "data")
+  sent = messages(there, values(Table(holding)), mesh)
   counts = collections.Counter(shift for *_, shift in sent)
   assert max(counts.values()) == 1
   assert len(sent) <= N - 1

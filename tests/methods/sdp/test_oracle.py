@@ -47,8 +47,8 @@ def test_units_that_workers_do_not_divide_are_shared_out_alike(shard):
 
 
 def shuffled(family, layers, units, workers):
-  rng = np.random.default_rng(3)
-  return assignments.neurons(layers, units, workers, 0.75, rng)
+  at = assignments.Places(np.random.default_rng(3))
+  return assignments.neurons(layers, units, workers, 0.75, at)
 
 
 def test_every_layer_may_have_windows_of_its_own():

@@ -31,6 +31,9 @@ KEY = toys.KEY
       r"level='both' \(of the layers, of their units\); got \(0\.5,\)",
     ),
     ({"masking": "sideways"}, "`masking` is forward, backward; got 'sideways'"),
+    ({"redraw_every": 0}, "`redraw_every` is the number of .* got 0"),
+    ({"redraw_every": 2}, "redraw_every=2 and assignment='cyclic' do not go"),
+    ({"assignment": "rolling"}, "redraw_every=None and assignment='rolling'"),
     ({"rescale": "twice"}, "`rescale` is none, train, test; got 'twice'"),
     (
       {"rescale": "train", "masking": "backward"},
@@ -207,8 +210,8 @@ def test_a_table_by_which_something_would_be_lost_is_refused(assignment, says):
 
 def test_families_whose_layers_part_are_refused():
   def parting(family, layers, units, workers):
-    rng = np.random.default_rng(len(family))
-    return assignments.both(layers, units, workers, (0.5, 0.5), rng)
+    at = assignments.Places(np.random.default_rng(len(family)))
+    return assignments.both(layers, units, workers, (0.5, 0.5), at)
 
   method = toys.make("both", assignment=parting)
   with pytest.raises(
