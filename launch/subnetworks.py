@@ -10,6 +10,8 @@ the subnetworks' gradients agree with the whole model's, for units and blocks,
 both maskings and several coverages, on rows that were not trained on (unless
 that was an epoch). Simulated CPU devices train; one of them measures. Writes
 sdp_alignment.json and sdp_alignment.png. --steps=0 measures at the start only.
+What was trained with is aligned best: compare levels after training with each,
+as results/sdp_alignment.json (blocks) and results/sdp_alignment_neuron.json do.
 """
 
 import functools
