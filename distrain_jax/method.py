@@ -92,6 +92,9 @@ class Method(NamedTuple):
   reshard: Callable[[State, int], State] | None = None
   # Whether workers may start from different models (`per_worker=True`).
   population: bool = False
+  # In words, what decides beside the shapes where in a state a value lies. A
+  # checkpoint of another layout is refused.
+  layout: str = ""
   # (fn, state) -> fn(the model that this worker trains, or the Variables),
   # where workers' models differ; fn says nothing to other workers. None: they
   # are all alike.

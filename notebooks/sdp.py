@@ -425,8 +425,8 @@ for name, report in reports.items():
 # everything, where SDP keeps at least that of what it cuts, and all of what is
 # shared. Whoever only wants a model to fit takes FSDP. What SDP gives instead is in
 # the other columns: fewer operations, smaller activations and fewer bytes a step,
-# which sharding does not give. The price is in the curves above: it is another
-# training, of other models, and an update is worth less.
+# which sharding does not give. The price: it is another training, of other models,
+# and as the curves above show, an update at a small coverage is worth less.
 #
 # Backward masking shows where the savings come from: every worker runs the whole
 # model, so it keeps all parameters and receives them, and only the optimizer and

@@ -99,7 +99,11 @@ class Checkpoints:
       step,
       {"state": state, "data": saveable(batches)},
       metrics=None if loss is None else {"loss": float(loss)},
-      custom_metadata={"workers": run.workers, "method": run.method.name},
+      custom_metadata={
+        "workers": run.workers,
+        "method": run.method.name,
+        "layout": run.method.layout,
+      },
       overwrite=True,
     )
 
@@ -125,6 +129,14 @@ class Checkpoints:
         f"{saved['method']}, not of {run.method.name}. Set "
         f"--config.method.name={saved['method']}, or start in another folder."
         + self._way_over(step)
+      )
+    there, here = saved.get("layout", ""), run.method.layout
+    if there != here:
+      raise ValueError(
+        f"The checkpoint at step {step} in {self._orbax.directory} was made "
+        f"with {there or 'nothing of that'}, this run has {here or 'none'}: "
+        "other parts lie in the same shapes. Set config.method as it was, or "
+        "start in another folder." + self._way_over(step)
       )
     same = saved["workers"] == run.workers
     mine = like = run.abstract(key, params)

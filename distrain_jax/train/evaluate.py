@@ -54,7 +54,8 @@ def averages(
   if not weight:
     raise ValueError("evaluate: the split has no rows that count.")
   named = lambda name: name.replace("correct_sum", "accuracy_sum")[:-4]
-  return {named(name): total / weight for name, total in totals.items()}
+  losses_first = sorted(totals, key=lambda name: not name.endswith("loss_sum"))
+  return {named(name): totals[name] / weight for name in losses_first}
 
 
 def with_bits_per_byte(

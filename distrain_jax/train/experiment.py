@@ -1,7 +1,5 @@
 """From a config to everything that a run needs, all of it checked."""
 
-import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +13,13 @@ from ml_collections import ConfigDict
 from distrain_jax import data, methods, models, runners, spmd
 from distrain_jax.method import Method, Variables, stateful
 from distrain_jax.train import config as configs
-from distrain_jax.train import initial, optimizers, placement, validate
-from distrain_jax.train.evaluate import evaluator, with_bits_per_byte
-from distrain_jax.train.members import members_evaluator
-from distrain_jax.train.recalibrate import recalibrator
+from distrain_jax.train import (
+  initial,
+  optimizers,
+  placement,
+  scores,
+  validate,
+)
 
 
 class Experiment(NamedTuple):
@@ -64,14 +65,15 @@ def build(c: ConfigDict) -> Experiment:
       **rows,
     )
 
+  scored = built.run, built.task, built.model, dataset, rows
   return Experiment(
     config=c,
     run=run,
     key=jax.random.fold_in(jax.random.key(c.seed), 1),
     params=params,
     batches=batches,
-    evaluate=_evaluate(c, built, dataset, batches, rows),
-    evaluate_members=_evaluate_members(c, built, dataset, rows),
+    evaluate=scores.of_model(c, *scored, batches),
+    evaluate_members=scores.of_members(c, *scored),
   )
 
 
@@ -265,44 +267,3 @@ def _init_fn(task):
     return variables if task.stateful else variables.params
 
   return init
-
-
-def _evaluate(c, built: Program, dataset, training_batches, rows):
-  average = evaluator(built.run, built.task.evaluate)
-  inputs, count = next(iter(example(dataset.info))), c.evaluation.recalibrate
-  recalibrate = recalibrator(built.run, built.model, inputs=inputs)
-
-  def evaluate(params, split):
-    if count:
-      # Always the run's first ones: the evaluation depends on params alone.
-      with contextlib.closing(training_batches()) as batches:
-        params = recalibrate(params, itertools.islice(batches, count))
-    source = getattr(dataset, split)
-    batches = data.eval_batches(
-      source, batch_size=c.evaluation.batch_size, **rows
-    )
-    means = average(params, batches)
-    return with_bits_per_byte(means, source.info.bytes_per_token)
-
-  return evaluate
-
-
-def _evaluate_members(c, built: Program, dataset, rows):
-  method = built.run.method
-  if not c.evaluation.members:
-    return None
-  if method.member is None:
-    raise ValueError(
-      "config.evaluation.members=True scores the workers' own models, but with "
-      f"config.method.name={method.name!r} they are all alike. Set "
-      "--config.evaluation.members=False."
-    )
-  average = members_evaluator(built.run, built.task)
-
-  def evaluate(state, split):
-    batch_size = c.evaluation.batch_size
-    source = getattr(dataset, split)
-    batches = data.eval_batches(source, batch_size=batch_size, **rows)
-    return average(state, batches)
-
-  return evaluate

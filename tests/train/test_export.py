@@ -101,6 +101,11 @@ def main():
 
 REFUSED = {
   "coverage": ("sdp", {"method.coverage": 0.25}, "of another model or opt"),
+  "table": (
+    "sdp",
+    {"method.assignment": "shuffled"},
+    "made with assignment=cyclic, this run has assignment=shuffled, seed=0",
+  ),
   "masking": ("sdp", {"method.masking": "backward"}, "of another model or opt"),
   "method": ("sdp", {"method.name": "ddp"}, "is of sdp, not of ddp"),
   "dtype": ("zero1", {}, "of another model or optimizer"),

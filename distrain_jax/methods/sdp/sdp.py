@@ -152,6 +152,14 @@ def sdp(
     wire_dtype=wire_dtype,
     param_dtype=param_dtype,
   )
+  # Others of these may have the same shapes, with other parts in them.
+  placed_by = {
+    "assignment": getattr(assignment, "__qualname__", assignment),
+    "seed": seed if assignment == "shuffled" else None,
+    "redraw_every": redraw_every,
+    "shared": "/".join(shared) or None,
+  }
+  placed_by = {k: v for k, v in placed_by.items() if v is not None}
   split = Parts(shared=P(), held=P(axis), whole=P(axis))
   return Method(
     "sdp",
@@ -161,6 +169,7 @@ def sdp(
     params=worker.params,
     specs=SDPState(P(), split, split, P(axis), P(axis)),
     reshard=worker.reshard,
+    layout=", ".join(f"{k}={v}" for k, v in placed_by.items()),
     member=worker.member,
   )
 
