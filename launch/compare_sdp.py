@@ -13,7 +13,7 @@ One micro-batch a step; everything else as in the config. No array is made.
 
 Writes sdp_compiled.json after every compile, so that an interrupted command
 goes on where it stopped, and sdp_compiled.png; prints a table for README and
-whether each promise holds. Compile anew: delete the file, or name a `--row`.
+whether each promise holds. To compile anew, delete the file.
 """
 
 import importlib.util
@@ -71,7 +71,7 @@ def main(argv) -> None:
   kept = json.loads(file.read_text()) if file.exists() else {"rows": {}}
   for i, (preset, where, row) in enumerate(work):
     key = f"{preset} {where} {row.name}"
-    if not ROWS.value and same(kept["rows"].get(key), row):
+    if same(kept["rows"].get(key), row):
       continue
     say(f"[{i + 1}/{len(work)}] {key} ...")
     began = time.perf_counter()
@@ -99,7 +99,7 @@ def jobs() -> list[tuple[str, str, comparison.Row]]:
       if name not in rows:
         raise ValueError(f"--row={name}: one of {', '.join(rows)}.")
       found.append((preset, where, rows[name]))
-  return sorted(found, key=lambda job: job[2].level is not None)
+  return found
 
 
 def same(kept: dict[str, Any] | None, row: comparison.Row) -> bool:
@@ -143,7 +143,7 @@ def one(preset: str, where: str, row: comparison.Row) -> dict[str, Any]:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
     return found | {"refused": sdp_claims.no_room(str(e))}
-  return found | comparison.measured(c, info, program, report)
+  return found | comparison.measured(c, program, report)
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -20,12 +20,12 @@ SHELL = [
 
 
 def test_the_readme_has_the_examples_that_are_tested_here():
-  assert len(PYTHON) == 4
+  assert len(PYTHON) == 5
   assert [c for c in SHELL if "configs/digits.py" in c and "local" not in c]
 
 
 @pytest.mark.parametrize(
-  "code", PYTHON, ids=["notebook", "library", "acco", "inspect"]
+  "code", PYTHON, ids=["notebook", "library", "acco", "sdp", "inspect"]
 )
 def test_python_examples_run(code):
   names = {}
@@ -34,7 +34,8 @@ def test_python_examples_run(code):
   if "report" in names:  # it has asserted for itself
     assert names["report"].hardware in code
   else:
-    assert float(names["metrics"]["loss"]) < 2.0
+    chance = 5.6 if "dj.sdp" in code else 2.0  # of 256 tokens, at the start
+    assert float(names["metrics"]["loss"]) < chance
 
 
 def test_config_examples_run(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from distrain_jax import inspect
+from distrain_jax import inspect, models
 
 LEVELS = ("neuron", "block")
 COVERAGES = ("3/4", "1/2", "3/8", "1/4")
@@ -93,25 +93,24 @@ def _smaller(c: ConfigDict, scale: Fraction) -> dict[str, Any]:
 
 def model_config(c: ConfigDict) -> Any:
   """The sizes of the config's Llama."""
-  from distrain_jax import models
-
   options = {k: v for k, v in dict(c.model).items() if v is not None}
   return models.create(**options).config
 
 
 def measured(
-  c: ConfigDict, info: Any, program: Any, report: inspect.Report
+  c: ConfigDict, program: Any, report: inspect.Report
 ) -> dict[str, Any]:
   """What is kept of a compiled step; of one device."""
   state, batch, _ = program.abstract()
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-  params = count(jax.eval_shape(program.params))
+  tokens = batch["tokens"]
+  params = models.abstract(program.model, tokens).params
   inner = getattr(state, "inner", state)  # of the guard
-  shared = params
+  shared = count(params)
   if c.method.name == "sdp":
     shared = count(inner.params.shared)
-  tokens, model = math.prod(batch["tokens"].shape), model_config(c)
-  head = 3 * 2 * tokens * model.embed * (c.model.vocab or info.vocab_size)
+  config = program.model.config
+  head = 3 * 2 * math.prod(tokens.shape) * config.embed * config.vocab
   memory = report.memory
   return {
     "peak": memory.peak,
@@ -123,25 +122,28 @@ def measured(
     "wire": report.wire_bytes,
     "wire_by_kind": report.wire_by_kind(),
     "workers": report.devices,
-    "params": params,
+    "params": count(params),
     "shared": shared,  # of them
-    "on_activations": on_activations(report, state, batch),
+    "on_activations": on_activations(report, state, params, batch),
     "unknown": list(report.step.unknown),
     "compile_seconds": round(report.compile_seconds, 1),
   }
 
 
-def on_activations(report: inspect.Report, state: Any, batch: Any) -> list[str]:
-  """Collectives of an array with an axis of tokens, as far as shapes tell.
+def on_activations(
+  report: inspect.Report, state: Any, params: Any, batch: Any
+) -> list[str]:
+  """Collectives inside of the loss of an array with an axis of tokens.
 
-  An axis may be as long by chance: what is shaped as the state's arrays, or as
-  one layer of them, is no activation.
+  Outside of it there are no activations. Inside an axis may be as long by
+  chance: what is shaped as an array of the model or of the state, or as one
+  layer of them, is no activation.
   """
   (total, length), n = batch["tokens"].shape, report.devices
   rows = total // n
   arrays = [
     x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    for x in jax.tree.leaves(state)
+    for x in (*jax.tree.leaves(state), *jax.tree.leaves(params))
   ]
   known = {_key(shape[i:]) for shape in arrays for i in (0, 1)}
 
@@ -154,7 +156,8 @@ def on_activations(report: inspect.Report, state: Any, batch: Any) -> list[str]:
   found = []
   for c in report.step.communication:
     one = c.collective
-    if any(tokens(d) and _key(d) not in known for d in one.shapes):
+    within = "jvp" in one.op_name or not one.op_name  # or it is not known
+    if within and any(tokens(d) and _key(d) not in known for d in one.shapes):
       found.append(f"{one.kind} {one.dtype} {one.bytes} bytes: {one.op_name}")
   return found
 

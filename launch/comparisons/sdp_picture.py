@@ -12,17 +12,21 @@ PANELS = (
   ("flops", 1e12, "TFLOP of a device and step"),
   ("wire", 2**30, "sent by a device a step, GiB"),
 )
-MARKS = {"neuron": "o-", "block": "s--"}
-COLOURS = {"neuron": "tab:red", "block": "tab:blue"}
-# Baselines: horizontal lines, as they have no coverage.
-LINES = {
-  "DDP": ("black", "-"),
-  "DDP, nothing recomputed": ("black", ":"),
-  "DDP, dropout 0.1": ("tab:gray", "--"),
-  "DDP, stochastic depth 1/2": ("tab:gray", "-."),
-  "ZeRO-1": ("tab:green", "-"),
-  "FSDP": ("tab:olive", "-"),
+# By level: colour, line, and a marker that leaves the other one to be seen.
+LEVELS = {
+  "neuron": {"color": "tab:red", "ls": "-", "marker": "o"},
+  "block": {"color": "tab:blue", "ls": "--", "marker": "s", "mfc": "none"},
 }
+# Baselines have no coverage: lines, one for those that are as good as equal.
+LINES = {
+  "DDP": "DDP",
+  "DDP, nothing recomputed": "DDP without remat",
+  "ZeRO-1": "ZeRO-1",
+  "FSDP": "FSDP",
+  "DDP, dropout 0.1": "dropout",
+  "DDP, stochastic depth 1/2": "stochastic depth",
+}
+EQUAL = 0.01  # of each other
 
 
 def save(groups: Mapping[tuple[str, str], Sequence[Found]], path: Path) -> bool:
@@ -59,20 +63,26 @@ def save(groups: Mapping[tuple[str, str], Sequence[Found]], path: Path) -> bool:
 
 
 def _panel(axes, found, field: str, scale: float, title: str) -> None:
-  by_name = {x["name"]: x for x in found}
-  for name, (colour, style) in LINES.items():
-    if name in by_name:
-      value = by_name[name][field] / scale
-      axes.axhline(value, color=colour, ls=style, lw=1.2, label=name)
-  for level, mark in MARKS.items():
+  for value, names in _lines(found, field):
+    axes.axhline(value / scale, color="black", lw=1)
+    text = ", ".join(LINES[name] for name in names)
+    axes.annotate(
+      text,
+      (0.79, value / scale),
+      (0, 2),
+      textcoords="offset points",
+      size=8,
+      ha="right",
+    )
+  for level, style in LEVELS.items():
     points = [
       (float(Fraction(x["coverage"])), x[field] / scale)
       for x in found
       if x["level"] == level and "," not in x["name"]
     ]
     if points:
-      colour = COLOURS[level]
-      axes.plot(*zip(*points), mark, color=colour, label=f"SDP, {level} level")
+      label = f"SDP, {level} level"
+      axes.plot(*zip(*sorted(points)), ms=8, label=label, **style)
   dense = [
     (float(Fraction(x["name"].split()[1])), x[field] / scale)
     for x in found
@@ -83,5 +93,20 @@ def _panel(axes, found, field: str, scale: float, title: str) -> None:
     axes.plot(*zip(*dense), "x", color="tab:purple", ms=8, label=label)
   axes.set(xlabel="coverage", ylabel=title, xlim=(0.2, 0.8))
   axes.set_xticks([0.25, 0.375, 0.5, 0.75], ["1/4", "3/8", "1/2", "3/4"])
-  axes.set_ylim(bottom=0)
+  axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
   axes.grid(alpha=0.3)
+
+
+def _lines(found, field: str) -> list[tuple[float, list[str]]]:
+  """(value, the baselines that have it)."""
+  groups: list[tuple[float, list[str]]] = []
+  for x in found:
+    if x["name"] not in LINES:
+      continue
+    for value, names in groups:
+      if abs(x[field] - value) <= EQUAL * value:
+        names.append(x["name"])
+        break
+    else:
+      groups.append((x[field], [x["name"]]))
+  return groups

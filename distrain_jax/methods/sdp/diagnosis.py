@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from distrain_jax.methods.sdp.cutting import Cut
-from distrain_jax.methods.sdp.subnetworks import Sampled
+from distrain_jax.methods.sdp.sampled import Sampled
 
 NAMED = 3  # arrays that a message lists
 # Of an array, the (layers, groups) that it is tried with.

@@ -2,9 +2,9 @@
 
 No worker ever has a dense copy: for each distance on the ring there is one
 message from every worker to the one that far away, with what the sender holds
-and the receiver owns, and one back. With cyclic windows of r of N groups that
-is r - 1 messages each way of 1/N of the parameters, so (r - 1)/(N - 1) of what
-an all-reduce sends. Sums are taken in one order, by the owner alone: all
+and the receiver owns, and one back (see `routing` for uneven ones). With cyclic
+windows of r of N groups that is r - 1 messages each way of 1/N of the
+parameters, so (r - 1)/(N - 1) of what an all-reduce sends. Sums are taken in one order, by the owner alone: all
 holders get the same bits. A message waits for the one before it: together they
 would take as much memory as what they bring.
 
@@ -20,13 +20,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from distrain_jax.gradients import at_least_float32
+from distrain_jax.methods.sdp import routing
 from distrain_jax.methods.sdp.assignments import Holding
 
 
 class Shift(NamedTuple):
-  """The messages from every worker w to w + distance, and back."""
+  """The messages from every worker w to receivers[w], and back."""
 
-  distance: int
+  receivers: tuple[int, ...]  # a permutation of the workers
   places: np.ndarray  # (N, m): the sender's places, S where there is none
   owned: np.ndarray  # (N, m): the receiver's owned places, O where none
 
@@ -47,12 +48,14 @@ class Plan(NamedTuple):
   total: int  # fragments of all cells
 
 
-def make_plan(holding: Holding, whole: bool = False) -> Plan:
+def make_plan(holding: Holding, whole: bool = False, even: bool = True) -> Plan:
   """The messages for a holding.
 
   Args:
     holding: with owners of F fragments a cell.
     whole: whether the cells are not cut: the first fragment's owner has all.
+    even: whether what some send and others do not, over one distance, may go
+      with what those send over other ones; see `routing`.
   """
   owners = holding.owners[:, :1] if whole else holding.owners
   total, pieces = owners.size, owners.shape[1]
@@ -69,17 +72,20 @@ def make_plan(holding: Holding, whole: bool = False) -> Plan:
   position = np.full(total + 1, o)
   for row in owned:
     position[row] = np.arange(len(row))
-  shifts = []
-  for d in range(1, n):
-    sent = [
-      sorted(set(at[w]) & set(owned[(w + d) % n].tolist())) for w in range(n)
+  sent = [
+    [
+      sorted({*at[w]} & {*owned[v].tolist()} if v != w else ())
+      for v in range(n)
     ]
-    m = max(map(len, sent))
-    if m == 0:
-      continue
-    ids = _rows(sent, m, total)  # (N, m), of the sender
+    for w in range(n)
+  ]
+  shifts = []
+  for receivers, rows in routing.routes(sent, even).items():
+    ids = _rows(rows, max(map(len, rows)), total)  # (N, m), of the sender
     places = np.take_along_axis(place_of, ids, axis=1)
-    shifts.append(Shift(d, places, position[np.roll(ids, d, axis=0)]))
+    got = np.empty_like(ids)
+    got[list(receivers)] = ids
+    shifts.append(Shift(receivers, places, position[got]))
   count = holding.held.sum(0).repeat(pieces)
   return Plan(
     places=s,
@@ -110,15 +116,15 @@ def together(plans: list[Plan]) -> Plan:
     return np.concatenate(rows)
 
   shifts = []
-  for d in sorted({s.distance for p in plans for s in p.shifts}):
+  for to in sorted({s.receivers for p in plans for s in p.shifts}):
     empty = np.zeros((len(plans[0].at), 0), int)
     found = [
-      (p, next((s for s in p.shifts if s.distance == d), None)) for p in plans
+      (p, next((s for s in p.shifts if s.receivers == to), None)) for p in plans
     ]
     m = max(s.places.shape[1] for _, s in found if s)
     sent = [(s.places if s else empty, p.places) for p, s in found]
     got = [(s.owned if s else empty, p.own.shape[1]) for p, s in found]
-    shifts.append(Shift(d, stack(sent, places, m), stack(got, owned, m)))
+    shifts.append(Shift(to, stack(sent, places, m), stack(got, owned, m)))
   return Plan(
     places=places,
     at=stack([(p.at, total) for p in plans], total, places),
@@ -141,7 +147,7 @@ def to_owners(
 
   Args:
     plan: of the array's family.
-    x: (S, c), this worker's.
+    x: (S, c), this worker's; in place of c several axes, here and below.
     role: this worker's row of the plan's tables.
     axis: the workers' axis.
     wire_dtype: in which the messages travel; None: x's dtype.
@@ -149,32 +155,32 @@ def to_owners(
   Returns:
     (O, c), float32 or wider; 0 at places that own nothing.
   """
-  n = jax.lax.axis_size(axis)
   wire = x.astype(wire_dtype or x.dtype)
   sums = at_least_float32(pick(wire, plan.own, role))
   for shift in plan.shifts:
     sent = pick(wire, shift.places, role)
-    got = jax.lax.ppermute(sent, axis, _perm(n, shift.distance))
+    got = jax.lax.ppermute(sent, axis, [*enumerate(shift.receivers)])
     sums = _add(sums, got, shift.owned, role)
     wire, sums = jax.lax.optimization_barrier((wire, sums))
   counts = jnp.asarray(plan.holders, sums.dtype)[role]  # (O,)
-  return sums / counts[:, None]
+  return sums / counts.reshape(-1, *[1] * (sums.ndim - 1))
 
 
 def to_holders(
   plan: Plan, owned: jax.Array, role: jax.Array, axis: str
 ) -> jax.Array:
   """Owners' values (O, c) at all holders: (S, c), 0 at empty places."""
-  n = jax.lax.axis_size(axis)
-  # Of owned alone: zeros would be one array for all, and a copy for each.
-  out = pick(owned, _inverse(plan.own, plan.places), role)
+  got = [owned]
   for shift in plan.shifts:
-    # The owner at w + d answers the sender at w.
-    back = _perm(n, -shift.distance)
-    got = jax.lax.ppermute(pick(owned, shift.owned, role), axis, back)
-    out = _put(out, got, shift.places, role)
-    owned, out = jax.lax.optimization_barrier((owned, out))
-  return out
+    # The owner answers the sender.
+    back = [(v, w) for w, v in enumerate(shift.receivers)]
+    x = jax.lax.ppermute(pick(owned, shift.owned, role), axis, back)
+    owned, x = jax.lax.optimization_barrier((owned, x))
+    got.append(x)
+  # Put in order at last: put into zeros one by one they would be in memory from
+  # before the gradients on, because compilers share equal constants.
+  tables = [plan.own, *(shift.places for shift in plan.shifts)]
+  return pick(jnp.concatenate(got), _order(tables, plan.places), role)
 
 
 def to_all(
@@ -197,10 +203,6 @@ def in_order(plan: Plan, every: jax.Array, role: jax.Array) -> jax.Array:
   return pick(flat, order[:, : plan.total], role // workers)
 
 
-def _perm(n: int, distance: int) -> list[tuple[int, int]]:
-  return [(w, (w + distance) % n) for w in range(n)]
-
-
 def _rows(rows: list, length: int, fill: int) -> np.ndarray:
   out = np.full((len(rows), length), fill)
   for row, values in zip(out, rows):
@@ -208,11 +210,12 @@ def _rows(rows: list, length: int, fill: int) -> np.ndarray:
   return out
 
 
-def _inverse(table: np.ndarray, size: int) -> np.ndarray:
-  """(N, O) of numbers below size -> (N, size), where each is; O: nowhere."""
-  n, o = table.shape
-  found = np.full((n, size + 1), o)
-  np.put_along_axis(found, table, np.arange(o)[None], axis=1)
+def _order(tables: list[np.ndarray], size: int) -> np.ndarray:
+  """Numbers below size, (N, k) side by side -> where each is, (N, size)."""
+  numbers = np.concatenate(tables, axis=1)
+  n, k = numbers.shape
+  found = np.full((n, size + 1), k)
+  np.put_along_axis(found, numbers, np.arange(k)[None], axis=1)
   return found[:, :size]
 
 
@@ -233,10 +236,6 @@ def _static(x: jax.Array, rows: np.ndarray) -> jax.Array:
   if len(rows) and (np.diff(rows) == 1).all():
     return jax.lax.slice_in_dim(x, int(rows[0]), int(rows[-1]) + 1)
   return x[rows]
-
-
-def _put(x, values, table: np.ndarray, role) -> jax.Array:
-  return x.at[_index(x, table, role)].set(values, mode="drop")
 
 
 def _add(x, values, table: np.ndarray, role) -> jax.Array:

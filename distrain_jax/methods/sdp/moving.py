@@ -12,7 +12,7 @@ import optax
 
 from distrain_jax.methods.sdp import exchange
 from distrain_jax.methods.sdp.cutting import Cut
-from distrain_jax.methods.sdp.subnetworks import Sampled
+from distrain_jax.methods.sdp.sampled import Sampled
 
 NOT_MOVED = -1  # in place of a parameter
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from distrain_jax.methods.sdp import assignments, exchange
+from distrain_jax.methods.sdp.sampled import Sampled
 from distrain_jax.methods.sdp.structure import Leaf, Structure
 
 SMALL = 1 << 18  # elements a message below which arrays travel side by side
@@ -32,105 +33,6 @@ class Parts(NamedTuple):
   shared: Any  # equal on all workers
   held: Any  # this worker's; or its owned fragments (O, c)
   whole: Any = ()  # this worker's
-
-
-class Sampled(NamedTuple):
-  """An array of which workers hold a part."""
-
-  leaf: Leaf
-  holding: assignments.Holding
-  plan: exchange.Plan
-  fragments: int  # F of this array's cells
-
-  def rows(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """An array with `size` (layers, groups) -> its fragments (l g F, c)."""
-    x, front = self._split(x, size[1])
-    x = jnp.moveaxis(x, front, range(len(front)))
-    return x.reshape(size[0] * size[1] * self.fragments, -1)
-
-  def array(self, rows: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Undoes `rows`."""
-    shape = self.shape(size)
-    like, front = self._split(jax.ShapeDtypeStruct(shape, rows.dtype), size[1])
-    moved = [like.shape[i] for i in front]
-    rest = [n for i, n in enumerate(like.shape) if i not in front]
-    x = rows.reshape(*moved, *rest)
-    return jnp.moveaxis(x, range(len(front)), front).reshape(shape)
-
-  def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-    """Of the array with so many layers and groups."""
-    shape = list(self.leaf.shape)
-    for at, n, all_ in zip(
-      (self.leaf.lanes, self.leaf.axis), size, self.holding.size
-    ):
-      if at is not None:
-        shape[at] = shape[at] // all_ * n
-    return tuple(shape)
-
-  @property
-  def small(self) -> tuple[int, int]:
-    """(l, g)"""
-    return self.holding.groups.shape[1:]
-
-  @property
-  def factor(self) -> float:
-    """What makes up for the absent units, and for the absent blocks."""
-    layers = self.holding.of_layers
-    groups = self.holding.coverage / layers
-    units = 1 / groups if self.leaf.consumer else 1.0
-    return units * (1 / layers if self.leaf.writer else 1.0)
-
-  # Below, `roles` are all workers' (N,), and no messages are sent.
-
-  def whole(self, stacked: jax.Array, roles: jax.Array) -> jax.Array:
-    """What all workers hold, (N, ...) -> the whole array."""
-    own = lambda x, r: exchange.pick(self.rows(x, self.small), self.plan.own, r)
-    return self.merge(_each(own, stacked, roles), roles)
-
-  def merge(self, owned: jax.Array, roles: jax.Array) -> jax.Array:
-    """What all workers own, (N, O, c) -> the whole array."""
-    every = exchange.in_order(self.plan, owned, roles[0])
-    return self.array(every, self.holding.size)
-
-  def stack(self, whole: jax.Array, roles: jax.Array) -> jax.Array:
-    """The whole array -> what all workers hold, (N, ...)."""
-    rows = self.rows(whole, self.holding.size)
-    take = lambda r: self.array(
-      exchange.pick(rows, self.plan.at, r), self.small
-    )
-    return _each(take, roles)
-
-  def stack_owned(self, whole: jax.Array, roles: jax.Array) -> jax.Array:
-    """The whole array -> what all workers own, (N, O, c)."""
-    rows = self.rows(whole, self.holding.size)
-    return _each(lambda r: exchange.pick(rows, self.plan.fragments, r), roles)
-
-  def piece(self, owned: jax.Array) -> jax.Array:
-    """(O, c) with as many axes as the array has: masks may ask for ndim."""
-    if len(self.leaf.shape) == 1:
-      return owned.reshape(-1)
-    ones = (1,) * (len(self.leaf.shape) - 2)
-    return owned.reshape(owned.shape[0], *ones, owned.shape[1])
-
-  def rows_of(self, piece: jax.Array) -> jax.Array:
-    """Undoes `piece`; leading axes stay, e.g. of all workers: (..., O, c)."""
-    lead = piece.shape[: piece.ndim - len(self.leaf.shape)]
-    return piece.reshape(*lead, self.plan.own.shape[1], -1)
-
-  def _split(self, x, groups: int):
-    """With an axis of its own for the groups; and what goes to the front."""
-    lanes, axis = self.leaf.lanes, self.leaf.axis
-    if axis is None:
-      return x, [lanes]
-    shape = (*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
-    if isinstance(x, jax.ShapeDtypeStruct):
-      shape = [x.shape[axis] // groups if n == -1 else n for n in shape]
-      x = jax.ShapeDtypeStruct(shape, x.dtype)
-    else:
-      x = x.reshape(shape)
-    if lanes is None:
-      return x, [axis]
-    return x, [lanes + (lanes > axis), axis]
 
 
 class Subnetworks(NamedTuple):
@@ -187,8 +89,9 @@ class Subnetworks(NamedTuple):
   ) -> Any:
     """What workers hold -> means over the holders, (O, c), float32."""
     send = lambda plan, x: exchange.to_owners(plan, x, role, axis, wire_dtype)
-    rows = lambda s, x: s.rows(x, s.small)
-    return self._together(send, mine, before=rows)
+    rows = lambda s, x: s.shaped(x, s.small)
+    sums = self._together(send, mine, before=rows)
+    return self.map(lambda s, x: x.reshape(x.shape[0], -1), sums)
 
   def pieces(self, owned: Any) -> Any:
     """Owned fragments in the form in which an optimizer sees them."""
@@ -201,7 +104,7 @@ class Subnetworks(NamedTuple):
   def to_holders(self, owned: Any, role: jax.Array, axis: str) -> Any:
     """Owners' fragments (O, c) -> what each worker holds."""
     send = lambda plan, x: exchange.to_holders(plan, x, role, axis)
-    rows = self._together(send, owned)
+    rows = self._together(send, owned, before=lambda s, x: s.reshaped(x))
     return self.map(lambda s, x: s.array(x, s.small), rows)
 
   def to_all(self, owned: Any, role: jax.Array, axis: str) -> Any:
@@ -259,18 +162,16 @@ class Subnetworks(NamedTuple):
       if sent is not None:
         out = [x if y is None else y for x, y in zip(out, sent)]
       rows = [before(self.leaves[i], x) for i, x in zip(members, xs)]
-      joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
+      joined = rows[0]
+      if len(rows) > 1:
+        rows = [x.reshape(x.shape[0], -1) for x in rows]
+        joined = jnp.concatenate(rows, axis=1)
       ends = np.cumsum([x.shape[1] for x in rows])[:-1]
       result = fn(self.leaves[members[0]].plan, joined)
       sent = [None] * len(leaves)
       for i, x in zip(members, jnp.split(result, ends, axis=1)):
         sent[i] = out[i] = x
     return self.treedef.unflatten(out)
-
-
-def _each(fn, *arrays: jax.Array) -> jax.Array:
-  """fn of every worker's, stacked: one by one, so that tables may be static."""
-  return jnp.stack([fn(*x) for x in zip(*arrays)])
 
 
 def of_variables(nets: Subnetworks) -> tuple[Subnetworks, Subnetworks]:
@@ -313,7 +214,9 @@ def cut(
     tables = [x.tobytes() for holding in holdings for x in holding[1:]]
     key = (first.size, whole, *tables)
     if key not in plans:
-      each = [exchange.make_plan(holding, whole) for holding in holdings]
+      # Draws share their messages where these go by distance.
+      even = len(holdings) == 1
+      each = [exchange.make_plan(x, whole, even) for x in holdings]
       plans[key] = exchange.together(each)
     return Sampled(leaf, first, plans[key], 1 if whole else pieces)
 

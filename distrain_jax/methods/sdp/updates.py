@@ -36,6 +36,9 @@ class Holders(NamedTuple):
     square += gradients.squared_norm(shared)
     back = lambda x, g: x.astype(self.wire_dtype or g.dtype)
     owned = jax.tree.map(back, owned, grads.held)
+    # None comes back before all have gone: gradients and means of all arrays
+    # would be in memory together.
+    owned = jax.lax.optimization_barrier(owned)
     held = self.nets.to_holders(owned, role, self.axis)
     return self.nets.join(Parts(shared, held)), square
 
