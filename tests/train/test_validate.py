@@ -84,11 +84,12 @@ def test_a_step_of_two_halves_needs_twice_the_micro_batches(tiny):
 def test_a_batch_that_is_let_through_can_be_cut_and_no_smaller_one(name, tiny):
   workers, accumulate = 2, 3
   loss_fn = lambda params, batch, key: (jnp.mean((batch @ params) ** 2), {})
-  method = methods.FACTORIES[name](
-    loss_fn, optax.sgd(0.1), accumulate=accumulate
-  )
-  run = dj.simulate(method, workers=workers)
   key, params = jax.random.key(0), jax.ShapeDtypeStruct((4,), jnp.float32)
+  options = {"accumulate": accumulate}
+  if name == "sdp":
+    options |= {"names": ("hidden",), "shapes": params, "coverage": 1.0}
+  method = methods.FACTORIES[name](loss_fn, optax.sgd(0.1), **options)
+  run = dj.simulate(method, workers=workers)
   state = run.abstract(key, params)
 
   def step(rows):

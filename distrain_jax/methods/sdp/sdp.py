@@ -11,7 +11,8 @@ parameter average its gradient. No activation is ever sent.
 With forward masking a worker's arrays have the small shapes: its parameters,
 gradients, optimizer, products and activations shrink with the coverage. With
 backward masking it runs the whole model forward, trains what it holds, and
-receives the rest after every update.
+receives the rest after every update. Beside the workers' axis a mesh may have
+others; what a worker holds lies replicated over them.
 
 Where the paper leaves a choice open: masks are deterministic and balanced
 (`assignments`), gradients are divided by the number of holders, and the model
