@@ -5,7 +5,6 @@ is taken from the whole model on the spot, and no message is sent.
 """
 
 from collections.abc import Collection
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -148,16 +147,15 @@ def cut(
   writers: Any = None,
 ) -> tuple[cutting.Model, tuple[Cut, Cut]]:
   """(the model, (its parameters, its statistics)) as `sdp` cuts them."""
-  if level == "both" and isinstance(coverage, Real):
-    coverage = (coverage, coverage)
+  coverage = tables.of_levels(level, coverage)
   tables.check(level, coverage, assignment)
   model = cutting.read(
-    cutting.as_variables(names),
-    cutting.as_variables(shapes),
+    names,
+    shapes,
     level=level,
+    assignment=assignment,
     shared=shared,
-    blocks=() if level == "neuron" else tuple(blocks),
-    layered=assignment == "shuffled" or callable(assignment),
+    blocks=blocks,
     writers=writers,
   )
   how = {"level": level, "coverage": coverage, "assignment": assignment}

@@ -145,23 +145,25 @@ class Model(NamedTuple):
 
 
 def read(
-  names: Variables,
-  shapes: Variables,
+  names: Any,
+  shapes: Any,
   *,
   level: str,
+  assignment: tables.Assignment,
   shared: Collection[str],
   blocks: Collection[str],
-  layered: bool,
   writers: Any,
 ) -> Model:
   """A model's structure; see `structure.read`.
 
   Args:
-    blocks: keys of what is held whole.
+    names, shapes, level, assignment, shared, blocks, writers: as of `sdp`.
 
   Raises:
     ValueError: as `structure.read`; or if a block is no key of the parameters.
   """
+  names, shapes = map(as_variables, (names, shapes))
+  blocks = () if level == "neuron" else tuple(blocks)
   for name in blocks:
     keys = shapes.params if isinstance(shapes.params, dict) else ()
     if name not in keys:
@@ -183,7 +185,7 @@ def read(
     Variables(params, state),
     level,
     shared,
-    layered=layered,
+    layered=assignment == "shuffled" or callable(assignment),
     writers=flags,
     alone=not blocks,
   )

@@ -20,7 +20,6 @@ to evaluate is the whole one.
 """
 
 from collections.abc import Collection
-from numbers import Real
 from typing import Any
 
 import optax
@@ -120,8 +119,7 @@ def sdp(
       on smaller shapes.
   """
   _check(masking, rescale, level, writers, loss_fn)
-  if level == "both" and isinstance(coverage, Real):
-    coverage = (coverage, coverage)
+  coverage = tables.of_levels(level, coverage)
   tables.check(level, coverage, assignment)
   tables.check_redraw(assignment, redraw_every)
   gradients.check_accumulate("sdp", accumulate)
@@ -129,12 +127,12 @@ def sdp(
   gradients.check_dtype("sdp", "wire_dtype", wire_dtype)
   gradients.check_dtype("sdp", "param_dtype", param_dtype)
   model = cutting.read(
-    cutting.as_variables(names),
-    cutting.as_variables(shapes),
+    names,
+    shapes,
     level=level,
+    assignment=assignment,
     shared=shared,
-    blocks=() if level == "neuron" else tuple(blocks),
-    layered=assignment == "shuffled" or callable(assignment),
+    blocks=blocks,
     writers=writers,
   )
   held_by = {"level": level, "coverage": coverage, "assignment": assignment}

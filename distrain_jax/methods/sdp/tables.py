@@ -20,6 +20,13 @@ Assignment = str | Callable[[str, int, int, int], Holding | None]
 Coverage = float | tuple[float, float]
 
 
+def of_levels(level: str, coverage: Coverage) -> Coverage:
+  """One number for both levels as a pair of it."""
+  if level == "both" and isinstance(coverage, Real):
+    return coverage, coverage
+  return coverage
+
+
 def check(level: str, coverage: Coverage, assignment: Assignment) -> None:
   """Refuses options that mean nothing.
 
