@@ -11,6 +11,7 @@ Importing this starts no backend; `models`, `data` and `train` load on use.
 import importlib
 
 from distrain_jax import spmd as spmd
+from distrain_jax import stages as stages
 from distrain_jax.method import Method as Method
 from distrain_jax.method import StatefulLoss as StatefulLoss
 from distrain_jax.method import Variables as Variables
@@ -22,6 +23,8 @@ from distrain_jax.methods import dpu as dpu
 from distrain_jax.methods import fsdp as fsdp
 from distrain_jax.methods import guard as guard
 from distrain_jax.methods import local_sgd as local_sgd
+from distrain_jax.methods import petra as petra
+from distrain_jax.methods import pipeline as pipeline
 from distrain_jax.methods import sdp as sdp
 from distrain_jax.methods import subnetwork_alignment as subnetwork_alignment
 from distrain_jax.methods import subnetwork_load as subnetwork_load

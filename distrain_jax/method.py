@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 Params = Any  # a pytree of arrays: the model
 State = Any  # a pytree of arrays: one worker's everything
@@ -85,7 +86,8 @@ class Method(NamedTuple):
   # (state) -> Params: the model to evaluate or export, equal on all workers.
   params: Callable[[State], Params]
   # State, or a prefix of it, of PartitionSpecs: P() for what is equal on all
-  # workers, P(axis) for what differs; the latter get a leading worker axis.
+  # workers, P(axis) for what differs; the latter get a leading worker axis, and
+  # with `replicas` P(axis, replicas) two.
   specs: Any
   # (state, workers) -> State, on global arrays (worker axes included): the
   # same state for another number of workers. None: it cannot be done.
@@ -99,3 +101,12 @@ class Method(NamedTuple):
   # where workers' models differ; fn says nothing to other workers. None: they
   # are all alike.
   member: Callable[[Callable[[Params], Any], State], Any] | None = None
+  # A second axis, of workers that do the same on other rows; its size is the
+  # mesh's, or what `simulate` is told.
+  replicas: str | None = None
+  # PartitionSpec of a batch's rows: P() for all rows on all workers. None:
+  # divided among the workers, P(axis).
+  rows: P | None = None
+  # (state, key) -> State: finishes what is in flight, without new rows. None:
+  # a step leaves nothing in flight that would be lost.
+  drain: Callable[[State, jax.Array], State] | None = None

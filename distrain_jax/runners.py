@@ -38,25 +38,38 @@ class Run(NamedTuple):
   put: Callable[[Any], Any]
   # (state of another number of workers) -> this run's state.
   adopt: Callable[[Any], Any]
+  # (state, key) -> state: finishes what is in flight. None: nothing ever is.
+  drain: Callable[..., Any] | None = None
 
 
-def simulate(method: Method, *, workers: int, donate: bool = True) -> Run:
+def simulate(
+  method: Method, *, workers: int, replicas: int = 1, donate: bool = True
+) -> Run:
   """All workers of a method on one device, by vmap over its axis.
 
   Args:
     method: what a factory such as `ddp` returned.
     workers: how many.
+    replicas: of each worker, for a method that has an axis of them.
     donate: whether `step` may reuse the memory of the state it is given.
 
   Raises:
-    ValueError: if workers is not at least 1.
+    ValueError: if workers or replicas are not at least 1, or the method has no
+      replicas.
   """
-  if not isinstance(workers, Integral) or workers < 1:
+  for name, value in (("workers", workers), ("replicas", replicas)):
+    if not isinstance(value, Integral) or value < 1:
+      raise ValueError(
+        f"simulate: `{name}` is a whole number from 1; got {value!r}."
+      )
+  if replicas > 1 and method.replicas is None:
     raise ValueError(
-      f"simulate: `workers` is a whole number from 1; got {workers!r}."
+      f"simulate: replicas={replicas}, but {method.name} was made without an "
+      "axis of replicas."
     )
-  runner = spmd.vmap_runner(method.axis, workers)
-  return _run(method, workers, None, runner, donate)
+  sizes = (workers, replicas)[: len(_axes(method))]
+  runner = spmd.vmap_runner(_axes(method), sizes)
+  return _run(method, workers, None, runner, donate, replicas=replicas)
 
 
 def distribute(
@@ -83,20 +96,32 @@ def distribute(
   Raises:
     ValueError: if the mesh lacks the axis.
   """
-  if method.axis not in mesh.axis_names:
-    raise ValueError(
-      f"{method.name} works on the axis {method.axis!r}, but the mesh has "
-      f"{dict(mesh.shape)}. Name the mesh's axis so, or pass "
-      f"axis={mesh.axis_names[0]!r} to {method.name}."
-    )
+  for option, axis in zip(("axis", "replicas"), _axes(method)):
+    if axis not in mesh.axis_names:
+      raise ValueError(
+        f"{method.name} works on the axis {axis!r}, but the mesh has "
+        f"{dict(mesh.shape)}. Name the mesh's axis so, or pass "
+        f"{option}={mesh.axis_names[0]!r} to {method.name}."
+      )
   mesh = spmd.auto_mesh(mesh)
-  runner = spmd.mesh_runner(mesh, method.axis)
+  runner = spmd.mesh_runner(mesh, _axes(method))
   workers = mesh.shape[method.axis]
-  return _run(method, workers, mesh, runner, donate, compiler_options)
+  replicas = mesh.shape[method.replicas] if method.replicas else 1
+  return _run(method, workers, mesh, runner, donate, compiler_options, replicas)
 
 
-def _run(method, workers, mesh, runner, donate, options=None) -> Run:
+def _axes(method) -> tuple[str, ...]:
+  """Those that a method's functions are manual over."""
+  return tuple(a for a in (method.axis, method.replicas) if a is not None)
+
+
+def _run(
+  method, workers, mesh, runner, donate, options=None, replicas=1
+) -> Run:
   each, same = P(method.axis), P()
+  rows = each if method.rows is None else method.rows
+  # How many shares a batch's rows are cut into; None: they are not.
+  shares = {each: workers, same: None}.get(rows, replicas)
 
   def init_fn(per_worker):
     start = each if per_worker else same
@@ -131,11 +156,13 @@ def _run(method, workers, mesh, runner, donate, options=None) -> Run:
       return jitted(key, params)
 
   one_step = runner(
-    method.step, (method.specs, each, same), (method.specs, same)
+    method.step, (method.specs, rows, same), (method.specs, same)
   )
 
   def step(state, batch, key):
-    return one_step(state, spmd.split_rows(batch, workers), key)
+    if shares is not None:
+      batch = spmd.split_rows(batch, shares)
+    return one_step(state, batch, key)
 
   read = runner(method.params, (method.specs,), same)
 
@@ -143,26 +170,39 @@ def _run(method, workers, mesh, runner, donate, options=None) -> Run:
     model = jax.eval_shape(read, state)
     return shardings.of_model(model, state, method.specs, mesh, method.axis)
 
-  local = workers if mesh is None else spmd.local_workers(mesh, method.axis)
+  local = shares
+  if mesh is not None and shares is not None:
+    local = spmd.local_workers(mesh, rows[0])
 
   def put(batch):
     if mesh is None:
       return jax.device_put(batch)
-    sharding = NamedSharding(mesh, each)
-    jax.eval_shape(lambda b: spmd.split_rows(b, local), batch)
+    sharding = NamedSharding(mesh, rows)
+    if local is not None:
+      jax.eval_shape(lambda b: spmd.split_rows(b, local), batch)
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, x), batch)
+
+  drain = None
+  if method.drain is not None:
+    finish = runner(method.drain, (method.specs, same), method.specs)
+    kept = lambda state: jax.tree.map(_sharding, state)
+    program = _Program(finish, mesh, method.axis, kept)
+
+    def drain(state, key):
+      return program(state, _brought(mesh, key))
 
   return Run(
     method=method,
     workers=workers,
     mesh=mesh,
     init=init,
-    step=_Step(step, mesh, method.axis, donate, options),
+    step=_Step(step, mesh, method.axis, rows, donate, options),
     params=_Program(read, mesh, method.axis, model_places),
     abstract=abstract,
     put=put,
     adopt=lambda state: _adopt(method, workers, mesh, state),
+    drain=drain,
   )
 
 
@@ -210,8 +250,8 @@ class _Program:
 class _Step:
   """`run.step`: donates and pins the state, and waits where it has to."""
 
-  def __init__(self, fn, mesh, axis, donate, options):
-    self._mesh, self._axis = mesh, axis
+  def __init__(self, fn, mesh, axis, rows, donate, options):
+    self._mesh, self._rows = mesh, rows
     # What the caller asked for, so that the step can be made elsewhere too.
     self.donate, self.compiler_options = donate, dict(options or {})
     table = options_by_chip.for_mesh(mesh)
@@ -233,7 +273,7 @@ class _Step:
   def __call__(self, state, batch, key):
     if self._many:
       key = spmd.to_global(key, self._mesh, P())
-      batch = spmd.to_global(batch, self._mesh, P(self._axis))
+      batch = spmd.to_global(batch, self._mesh, self._rows)
     if self._one_in_flight:
       jax.block_until_ready(self._running)
     state, metrics = self._program(state, batch, key)

@@ -22,7 +22,7 @@ Everything that is delicate about it is in this file and nowhere else:
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 # (fn, in_specs, out_specs) -> the function on global arrays. Specs are pytree
 # prefixes: P() for equal on all workers, P(axis) for a leading worker axis,
-# which `fn` does not see.
+# which `fn` does not see; of several axes, those that a spec has lead in order.
 Runner = Callable[[Callable, Any, Any], Callable]
 
 CPU_FLAGS = (
@@ -136,46 +136,61 @@ def shared_key(key: jax.Array, step: jax.Array) -> jax.Array:
   return jax.random.fold_in(key, step)
 
 
-def vmap_runner(axis: str, workers: int) -> Runner:
-  """All workers on one device, by `vmap(axis_name=axis)`."""
+def vmap_runner(
+  axis: str | Sequence[str], workers: int | Sequence[int]
+) -> Runner:
+  """All workers on one device, by `vmap(axis_name=axis)`, nested for several."""
+  sizes = dict(zip(_names(axis), np.atleast_1d(workers).tolist()))
 
   def runner(fn, in_specs, out_specs):
-    in_axes = map_specs(lambda spec: 0 if spec else None, in_specs)
-    mapped = jax.vmap(fn, in_axes=in_axes, axis_name=axis, axis_size=workers)
+    mapped = fn
+    for name in reversed(sizes):  # the first is the outermost
+      in_axes = map_specs(lambda s, a=name: 0 if a in s else None, in_specs)
+      mapped = jax.vmap(
+        mapped, in_axes=in_axes, axis_name=name, axis_size=sizes[name]
+      )
 
     def call(*args):
-      # Everything comes back with a worker axis: under vmap, a value that is
+      # Everything comes back with all worker axes: under vmap, a value that is
       # equal on all workers need not be known to be so.
-      out = mapped(*args)
-      return map_specs(lambda s, x: x if s else _first(x), out_specs, out)
+      def one(spec, x):
+        index = tuple(slice(None) if a in spec else 0 for a in sizes)
+        return jax.tree.map(lambda x: x[index], x)
+
+      return map_specs(one, out_specs, mapped(*args))
 
     return call
 
   return runner
 
 
-def mesh_runner(mesh: Mesh, axis: str) -> Runner:
+def mesh_runner(mesh: Mesh, axis: str | Sequence[str]) -> Runner:
   """One worker per position along `axis`; other axes stay automatic."""
-  mesh = auto_mesh(mesh)
-  if mesh.shape[axis] == 1 and mesh.size > 1:
-    return vmap_runner(axis, 1)
+  mesh, axes = auto_mesh(mesh), _names(axis)
+  workers = math.prod(mesh.shape[a] for a in axes)
+  if workers == 1 and mesh.size > 1:
+    return vmap_runner(axes, [1] * len(axes))
 
   def runner(fn, in_specs, out_specs):
     def local(*args):
-      args = map_specs(lambda s, x: _first(x) if s else x, in_specs, args)
+      args = map_specs(lambda s, x: _first(x, len(s)), in_specs, args)
       out = fn(*args)
-      return map_specs(lambda s, x: _stack(x) if s else x, out_specs, out)
+      return map_specs(lambda s, x: _stack(x, len(s)), out_specs, out)
 
     return jax.shard_map(
       local,
       mesh=mesh,
       in_specs=in_specs,
       out_specs=out_specs,
-      axis_names={axis},
+      axis_names=set(axes),
       check_vma=False,
     )
 
   return runner
+
+
+def _names(axis: str | Sequence[str]) -> tuple[str, ...]:
+  return (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:
@@ -249,9 +264,10 @@ def map_specs(fn, specs, *trees):
   return jax.tree.map(fn, specs, *trees, is_leaf=is_spec)
 
 
-def _first(tree):
-  return jax.tree.map(lambda x: x[0], tree)
+def _first(tree, axes):
+  """Of each of the leading axes."""
+  return jax.tree.map(lambda x: x[(0,) * axes], tree)
 
 
-def _stack(tree):
-  return jax.tree.map(lambda x: x[None], tree)
+def _stack(tree, axes):
+  return jax.tree.map(lambda x: x[(None,) * axes], tree)

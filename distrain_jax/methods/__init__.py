@@ -14,6 +14,10 @@ from distrain_jax.methods.fsdp import fsdp as fsdp
 from distrain_jax.methods.guard import guard as guard
 from distrain_jax.methods.local_sgd import LocalSGDState as LocalSGDState
 from distrain_jax.methods.local_sgd import local_sgd as local_sgd
+from distrain_jax.methods.petra import PetraState as PetraState
+from distrain_jax.methods.petra import petra as petra
+from distrain_jax.methods.pipeline import PipelineState as PipelineState
+from distrain_jax.methods.pipeline import pipeline as pipeline
 from distrain_jax.methods.sdp import SDPState as SDPState
 from distrain_jax.methods.sdp import sdp as sdp
 from distrain_jax.methods.sdp import (

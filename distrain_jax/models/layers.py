@@ -20,6 +20,8 @@ from distrain_jax.models.options import DTYPES
 Initializer = Callable[..., jax.Array]
 # Features are the last axis of a kernel, as wide as it is at initialisation.
 FAN_OUT_NORMAL = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Within 1 / sqrt(fan in): what PyTorch's layers start from.
+FAN_IN_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @flax.struct.dataclass
@@ -145,7 +147,7 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-  """A square convolution without bias, padded by (size - 1) / 2.
+  """A square convolution, padded by (size - 1) / 2.
 
   x (b, h, w, i) -> (b, ceil(h / stride), ceil(w / stride), o), in `dtype`.
   Padded alike on both sides, unlike `SAME`, where the stride is 2.
@@ -157,25 +159,33 @@ class Conv(nn.Module):
   stride: int = 1
   dtype: str = "float32"
   param_dtype: str = "float32"
+  bias: bool = False
+  kernel_init: Initializer = FAN_OUT_NORMAL
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = parameter(
       self,
       "kernel",
-      FAN_OUT_NORMAL,
+      self.kernel_init,
       (self.size, self.size, x.shape[-1], self.features),
       ("spatial_0", "spatial_1", *self.names),
       self.param_dtype,
     )
     dtype, pad = DTYPES[self.dtype], self.size // 2
-    return jax.lax.conv_general_dilated(
+    y = jax.lax.conv_general_dilated(
       x.astype(dtype),
       kernel.astype(dtype),
       window_strides=(self.stride, self.stride),
       padding=((pad, pad), (pad, pad)),
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+    if not self.bias:
+      return y
+    zeros, names = nn.initializers.zeros, self.names[1:]
+    shape = (self.features,)
+    bias = parameter(self, "bias", zeros, shape, names, self.param_dtype)
+    return y + along_channels(bias.astype(dtype), y)
 
 
 def along_channels(a: jax.Array, like: jax.Array) -> jax.Array:

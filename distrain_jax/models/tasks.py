@@ -35,6 +35,9 @@ class Task(NamedTuple):
   logits: Callable[[Any, Batch], jax.Array]
   # (logits, or log-probabilities, batch) -> what `evaluate` returns.
   score: Callable[[jax.Array, Batch], Metrics]
+  # (what the model returns in training, batch) -> (loss, aux): with the model,
+  # `loss_fn`.
+  measure: Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 
 
 def classification_loss(
@@ -54,6 +57,14 @@ def classification_loss(
   Raises:
     ValueError: if label_smoothing is not in [0, 1).
   """
+  measure = classification_measure(label_smoothing=label_smoothing)
+  return _loss_fn(model, "image", measure, stateful)
+
+
+def classification_measure(
+  *, label_smoothing: float = 0.0
+) -> Callable[[jax.Array, Batch], tuple[jax.Array, Metrics]]:
+  """`(logits (b, classes), batch) -> (loss, aux)`; see `classification_loss`."""
   options.check_rate("classification", label_smoothing=label_smoothing)
 
   def measure(logits, batch):
@@ -63,7 +74,7 @@ def classification_loss(
     hits = logits.argmax(-1) == batch["label"]
     return loss, {"accuracy": hits.mean(dtype=jnp.float32)}
 
-  return _loss_fn(model, "image", measure, stateful)
+  return measure
 
 
 def language_model_loss(
@@ -90,13 +101,26 @@ def language_model_loss(
   Raises:
     ValueError: if bytes_per_token is not above 0, or logits_chunk cannot be.
   """
+  chunked_loss.check(model, logits_chunk)
+  measure = language_model_measure(
+    bytes_per_token=bytes_per_token, logits_chunk=logits_chunk
+  )
+  method = "hidden" if logits_chunk else None
+  return _loss_fn(model, "tokens", measure, stateful, method)
+
+
+def language_model_measure(
+  *, bytes_per_token: float | None = None, logits_chunk: int | None = None
+) -> Callable[[Any, Batch], tuple[jax.Array, Metrics]]:
+  """`(logits, batch) -> (loss, aux)`; see `language_model_loss`.
+
+  With logits_chunk, `(x, head)` takes the place of the logits.
+  """
   if bytes_per_token is not None and not bytes_per_token > 0:
     raise ValueError(
       "language_model: `bytes_per_token` must be above 0 (1 for byte tokens) "
       f"or None; got {bytes_per_token!r}."
     )
-
-  chunked_loss.check(model, logits_chunk)
 
   def measure(out, batch):
     if logits_chunk:
@@ -109,8 +133,7 @@ def language_model_loss(
       return loss, {}
     return loss, {"bits_per_byte": loss / math.log(2) / bytes_per_token}
 
-  method = "hidden" if logits_chunk else None
-  return _loss_fn(model, "tokens", measure, stateful, method)
+  return measure
 
 
 def evaluation(
@@ -151,6 +174,10 @@ KINDS = {
   "classification": ("image", "label", classification_loss),
   "language_model": ("tokens", "targets", language_model_loss),
 }
+MEASURES = {
+  "classification": classification_measure,
+  "language_model": language_model_measure,
+}
 
 
 def task(
@@ -183,7 +210,8 @@ def task(
   )
   logits = lambda variables, batch: _apply(model, variables, batch[inputs])
   score = lambda logits, batch: _score(logits, batch[targets], batch)
-  return Task(start, loss_fn, stateful, evaluate, logits, score)
+  measure = MEASURES[kind](**loss_options)
+  return Task(start, loss_fn, stateful, evaluate, logits, score, measure)
 
 
 def _apply(model, variables, x, hidden: bool = False):
