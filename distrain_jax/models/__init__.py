@@ -20,6 +20,12 @@ from distrain_jax.models.llama import Llama as Llama
 from distrain_jax.models.llama import LlamaConfig as LlamaConfig
 from distrain_jax.models.mlp import MLP as MLP
 from distrain_jax.models.resnet import ResNet as ResNet
+from distrain_jax.models.rev_llama import RevLlama as RevLlama
+from distrain_jax.models.rev_llama import RevLlamaConfig as RevLlamaConfig
+from distrain_jax.models.rev_mlp import RevMLP as RevMLP
+from distrain_jax.models.rev_vit import RevViT as RevViT
+from distrain_jax.models.rev_vit import RevViTConfig as RevViTConfig
+from distrain_jax.models.revnet import RevNet as RevNet
 from distrain_jax.models.tasks import Task as Task
 from distrain_jax.models.tasks import classification_loss as classification_loss
 from distrain_jax.models.tasks import evaluation as evaluation

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from distrain_jax.method import Variables
-from distrain_jax.models import gpt_neo, llama, vit
+from distrain_jax.models import gpt_neo, llama, rev_llama, rev_vit, vit
 from distrain_jax.models.mlp import MLP
 from distrain_jax.models.options import pick, suggest
 from distrain_jax.models.resnet import ResNet
+from distrain_jax.models.rev_mlp import RevMLP
+from distrain_jax.models.revnet import RevNet
 
 # name -> the fields that the name stands for
 RESNETS = {
@@ -20,10 +22,14 @@ RESNETS = {
   "resnet34": {"stages": (3, 4, 6, 3), "bottleneck": False},
   "resnet50": {"stages": (3, 4, 6, 3), "bottleneck": True},
 }
+REVNETS = {f"rev{name[3:]}": fields for name, fields in RESNETS.items()}
+FIXED = RESNETS | REVNETS
 # name -> the module, its config's presets; `preset` starts from one of them
 TRANSFORMERS = {
   "gpt_neo": (gpt_neo.GPTNeo, gpt_neo.PRESETS),
   "llama": (llama.Llama, llama.PRESETS),
+  "rev_llama": (rev_llama.RevLlama, rev_llama.PRESETS),
+  "rev_vit": (rev_vit.RevViT, rev_vit.PRESETS),
   "vit": (vit.ViT, vit.PRESETS),
 }
 # name -> the class whose fields are the options
@@ -31,8 +37,12 @@ MODELS = {
   "gpt_neo": gpt_neo.GPTNeoConfig,
   "llama": llama.LlamaConfig,
   "mlp": MLP,
+  "rev_llama": rev_llama.RevLlamaConfig,
+  "rev_vit": rev_vit.RevViTConfig,
   "vit": vit.ViTConfig,
+  "rev_mlp": RevMLP,
   **dict.fromkeys(RESNETS, ResNet),
+  **dict.fromkeys(REVNETS, RevNet),
 }
 
 
@@ -43,7 +53,7 @@ def option_types(name: str) -> dict[str, Any]:
   <class 'int'>
   """
   model = pick("model name", name, MODELS)
-  mine = {"parent", "name", *RESNETS.get(name, ())}
+  mine = {"parent", "name", *FIXED.get(name, ())}
   hints = typing.get_type_hints(model)
   fields = [f.name for f in dataclasses.fields(model) if f.init]
   types = {field: hints[field] for field in fields if field not in mine}
@@ -61,10 +71,12 @@ def create(name: str, **options: Any) -> nn.Module:
   """The model called `name`, one of `MODELS`.
 
   Args:
-    name: mlp, resnet18, resnet34, resnet50, vit, llama or gpt_neo.
-    **options: fields of `MLP`, `ResNet`, `ViTConfig`, `LlamaConfig` or
-      `GPTNeoConfig`, as plain values. For the last three, `preset` sets those
-      that are not given: of vit tiny, S/16 or B/16; of llama tiny, 134M, 500M
+    name: mlp, resnet18, resnet34, resnet50, vit, llama or gpt_neo; reversible
+      ones: rev_mlp, revnet18, revnet34, revnet50, rev_vit or rev_llama.
+    **options: fields of `MLP`, `ResNet`, `ViTConfig`, `LlamaConfig`,
+      `GPTNeoConfig`, `RevMLP`, `RevNet`, `RevViTConfig` or `RevLlamaConfig`, as
+      plain values. For transformers, `preset` sets those that are not given: of
+      vit and rev_vit tiny, S/16 or B/16; of llama and rev_llama tiny, 134M, 500M
       or 1B; of gpt_neo tiny, 125M, 1.3B or 2.7B.
 
   Returns:
@@ -83,7 +95,7 @@ def create(name: str, **options: Any) -> nn.Module:
         f"models: {name} has no option {option!r}. {suggest(option, valid)}"
       )
   if name not in TRANSFORMERS:
-    return MODELS[name](**RESNETS.get(name, {}), **options)
+    return MODELS[name](**FIXED.get(name, {}), **options)
   model, presets = TRANSFORMERS[name]
   config = pick(f"{name}: preset", options.pop("preset", "tiny"), presets)
   if "head_dim" in valid and {"embed", "heads"} & options.keys():

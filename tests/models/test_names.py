@@ -24,6 +24,12 @@ MODELS = {
     IMAGES,
   ),
   "group norm": (models.ResNet(stages=(1,), norm="group", **NARROW), IMAGES),
+  "revnet": (models.RevNet(stages=(2, 1), width=1 / 8), IMAGES),
+  "revnet, bottleneck": (
+    models.RevNet(stages=(2, 1), bottleneck=True, width=1 / 8),
+    IMAGES,
+  ),
+  "rev_mlp": (models.create("rev_mlp", width=8, hidden=48, blocks=2), IMAGES),
   "llama": (models.create("llama", **SMALL), TOKENS),
   "llama, tied, not scanned": (
     models.create("llama", **SMALL, tied=True, scan=False),

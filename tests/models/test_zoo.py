@@ -16,13 +16,27 @@ def test_an_unknown_model_names_the_nearest_and_all():
     models.create("resnet8")
   with pytest.raises(
     ValueError,
-    match="Valid: gpt_neo, llama, mlp, resnet18, resnet34, resnet50, vit",
+    match="Valid: gpt_neo, llama, mlp, resnet18, resnet34, resnet50, rev_llama, "
+    "rev_mlp, rev_vit, revnet18, revnet34, revnet50, vit",
   ):
     models.create("transformer")
 
 
 @pytest.mark.parametrize(
-  "name", ["mlp", "resnet18", "resnet50", "vit", "llama", "gpt_neo"]
+  "name",
+  [
+    "mlp",
+    "resnet18",
+    "resnet50",
+    "vit",
+    "llama",
+    "gpt_neo",
+    "rev_mlp",
+    "revnet18",
+    "revnet50",
+    "rev_vit",
+    "rev_llama",
+  ],
 )
 def test_every_valid_option_is_accepted_at_its_default(name):
   model = models.create(name)
