@@ -110,3 +110,7 @@ class Method(NamedTuple):
   # (state, key) -> State: finishes what is in flight, without new rows. None:
   # a step leaves nothing in flight that would be lost.
   drain: Callable[[State, jax.Array], State] | None = None
+  # (state, batch, key) -> (forward, backward), int32 (ticks,) each: the number
+  # of the micro-batch that this worker takes forward, and back, in each tick of
+  # the step that `step` would make of these; -1 for none. None: no pipeline.
+  trace: Callable[[State, Batch, jax.Array], tuple[Any, Any]] | None = None

@@ -36,6 +36,9 @@ class Run(NamedTuple):
   abstract: Callable[..., Any]
   # This process's rows of a batch -> global arrays, ready for step.
   put: Callable[[Any], Any]
+  # As put, for what needs no method: this process's rows among the workers ->
+  # global arrays, divided among all workers whatever the method asks for.
+  spread: Callable[[Any], Any]
   # (state of another number of workers) -> this run's state.
   adopt: Callable[[Any], Any]
   # (state, key) -> state: finishes what is in flight. None: nothing ever is.
@@ -170,15 +173,12 @@ def _run(
     model = jax.eval_shape(read, state)
     return shardings.of_model(model, state, method.specs, mesh, method.axis)
 
-  local = shares
-  if mesh is not None and shares is not None:
-    local = spmd.local_workers(mesh, rows[0])
-
-  def put(batch):
+  def put(batch, rows=rows):
     if mesh is None:
       return jax.device_put(batch)
     sharding = NamedSharding(mesh, rows)
-    if local is not None:
+    if rows != same:
+      local = spmd.local_workers(mesh, rows[0])
       jax.eval_shape(lambda b: spmd.split_rows(b, local), batch)
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, x), batch)
@@ -201,6 +201,7 @@ def _run(
     params=_Program(read, mesh, method.axis, model_places),
     abstract=abstract,
     put=put,
+    spread=lambda batch: put(batch, each),
     adopt=lambda state: _adopt(method, workers, mesh, state),
     drain=drain,
   )

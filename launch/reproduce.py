@@ -3,8 +3,8 @@ r"""A method's small table again: several seeds, its baselines, equal budgets.
   python launch/reproduce.py acco
   python launch/reproduce.py acco --seeds=1 --row=acco --row=dpu --out=runs
 
-Eight simulated devices train every row of launch/reproductions/METHOD.py with
-every seed. Interrupted, the same command goes on; runs that have finished are
+Eight simulated devices, or as many as the table says, train every row of
+launch/reproductions/METHOD.py with every seed. Interrupted, the same command goes on; runs that have finished are
 not trained again. Writes results/METHOD.json and METHOD.png, and prints a table
 for README.
 """
@@ -48,7 +48,7 @@ def main(argv) -> None:
   method = asked(argv[1:])
   table = importlib.import_module(f"launch.reproductions.{method}")
   rows = chosen(table)
-  spmd.use_cpu_devices(WORKERS)
+  spmd.use_cpu_devices(devices(table))
   runs: dict[str, list[Lines]] = {row: [] for row in rows}
   built: dict[str, train.Experiment] = {}
   try:
@@ -90,6 +90,11 @@ def chosen(table: ModuleType) -> list[str]:
   needed = {*wanted, *map(table.against, wanted)}
   needed.update(map(table.against, list(needed)))
   return [row for row in table.ROWS if row in needed]
+
+
+def devices(table: ModuleType) -> int:
+  """How many are simulated."""
+  return getattr(table, "DEVICES", WORKERS)
 
 
 def slug(row: str) -> str:
@@ -163,7 +168,7 @@ def collect(table: ModuleType, runs: Mapping[str, list[Lines]]) -> Found:
     "command": " ".join(["python launch/reproduce.py", *sys.argv[1:]]),
     "versions": {p: version(p) for p in PACKAGES}
     | {"python": platform.python_version()},
-    "devices": f"{WORKERS} simulated CPU devices",
+    "devices": f"{devices(table)} simulated CPU devices",
     "title": table.TITLE,
     "steps": first[-1]["step"],
     "seeds": SEEDS.value,

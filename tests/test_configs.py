@@ -42,6 +42,11 @@ RUNS = {
   ("fineweb_llama", "500M"): text("tokens", 1024, 32_000),
   ("fineweb_llama", "1B"): text("tokens", 2048, 32_000),
   ("imagenet_resnet50", None): image("imagenet2012", 224, 3, 1000),
+  ("petra/digits", None): image("digits", 8, 1, 10),
+  ("petra/fashion_mnist", None): image("fashion_mnist", 28, 1, 10),
+  ("petra/paper_cifar10", "revnet18"): image("cifar10", 32, 3, 10),
+  ("petra/paper_imagenet", "revnet50"): image("imagenet2012", 224, 3, 1000),
+  ("petra/text", None): text("stdlib_text", 128, 256),
   ("sdp/fashion_mnist", None): image("fashion_mnist", 28, 1, 10),
   ("sdp/paper_cifar_resnet18", "cifar10"): image("cifar10", 32, 3, 10),
   ("sdp/paper_cifar_resnet18", "cifar100"): image("cifar100", 32, 3, 100),
@@ -154,6 +159,8 @@ TINY = {
   "fashion_mnist_vit": {"model.layers": 1},
   "text": {"model.layers": 1},
   "acco/text": {"model.layers": 1},
+  "petra/digits": {"mesh.data": 4},
+  "petra/text": {"model.layers": 1, "mesh.data": 2},
   "sdp/fashion_mnist": {
     "model.width": 1 / 16,
     "method.assignment": "balanced",  # see FEWER

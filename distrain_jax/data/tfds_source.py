@@ -20,6 +20,7 @@ MOMENTS = {
   "cifar100": ((129.30, 124.07, 112.43), (68.17, 65.39, 70.42)),
   "imagenet2012": ((123.68, 116.28, 103.53), (58.40, 57.12, 57.38)),
   "downsampled_imagenet": ((123.68, 116.28, 103.53), (58.40, 57.12, 57.38)),
+  "imagenet_resized": ((123.68, 116.28, 103.53), (58.40, 57.12, 57.38)),
 }
 # Their own test part has no labels: the validation part is what papers test.
 NO_TEST_LABELS = frozenset({"imagenet2012", "imagenet2012_subset"})

@@ -38,7 +38,12 @@ FACTORIES = {
   "local_sgd": local_sgd,
   "diloco": diloco,
   "sdp": sdp,
+  "petra": petra,
+  "pipeline": pipeline,
 }
+
+# Those that take a network in stages in the place of a loss.
+PIPELINED = ("petra", "pipeline")
 
 # How often a step cuts a worker's share into `accumulate` micro-batches: once,
 # but for methods whose step has several parts.

@@ -84,6 +84,9 @@ def guard(
   def member(fn, state: GuardState):
     return method.member(fn, state.inner)
 
+  def drain(state: GuardState, key):
+    return state._replace(inner=method.drain(state.inner, key))
+
   return method._replace(
     init=init,
     step=step,
@@ -91,4 +94,5 @@ def guard(
     specs=GuardState(inner=method.specs, good=P(), bad=P(), mean_loss=P()),
     reshard=None if method.reshard is None else reshard,
     member=None if method.member is None else member,
+    drain=None if method.drain is None else drain,
   )

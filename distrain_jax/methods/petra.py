@@ -57,6 +57,7 @@ def petra(
   buffer: str = "none",
   clip_norm: float | None = None,
   wire_dtype: DTypeLike | None = None,
+  delay_exponent: float = 0.0,
 ) -> Method:
   """PETRA around any network that is cut into stages.
 
@@ -95,11 +96,17 @@ def petra(
     clip_norm: largest norm of one stage's gradient; None: no clipping.
     wire_dtype: of messages between stages; None: their own. An estimate of
       the input that travelled in fewer bits is a worse one.
+    delay_exponent: p: updates of stage s are multiplied by (1 + d)^-p, where
+      d = 2 (J - 1 - s) / k updates lie between its passes. 0, as in the paper:
+      by 1. A remedy of our own, after the first of PipeMare's (Yang et al.,
+      2021, https://arxiv.org/abs/1910.05124), which fades out.
 
   Returns:
     A `Method`. Metrics: loss and aux of the micro-batches that reached the
     last stage in this step (those of the step before where none did, 0 until
-    the first), and grad_norm, of all stages' last updates together.
+    the first); grad_norm, of all stages' last updates together; and busy, the
+    fraction of all stages' passes, forward and back, that had a micro-batch: 1
+    from tick 2 (J - 1) on.
 
   Raises:
     ValueError: for stages that do not fit together, or options out of range.
@@ -111,7 +118,16 @@ def petra(
     network, shapes=shapes, example=example, inputs=inputs, mode=mode
   )
   engine = Engine(plan, axis, replicas, wire_dtype)
-  optimizer = Optimizer("petra", engine, tx, clip_norm)
+  if not 0 <= delay_exponent <= 1:
+    raise ValueError(
+      "petra: `delay_exponent` is from 0, for updates as they are, to 1, for "
+      f"updates divided by their delay; got {delay_exponent!r}."
+    )
+  scales = None
+  if delay_exponent:
+    delays = [plan.delay(s) / accumulate for s in range(plan.count)]
+    scales = [(1 + d) ** -delay_exponent for d in delays]
+  optimizer = Optimizer("petra", engine, tx, clip_norm, scales)
   stateful = isinstance(shapes, Variables)
   reading = Reading("petra", engine, optimizer, inputs, stateful)
   k = accumulate
@@ -135,23 +151,17 @@ def petra(
 
   def tick(state: PetraState, batch, valid, key):
     """One of every stage; batch is (inputs, targets) of a micro-batch."""
-    flight, back, arrived = engine.tick(
-      state.params,
-      state.model_state,
-      state.flight,
-      batch,
-      state.entered,
-      valid,
-      key,
+    number = jnp.where(valid, state.entered, -1)
+    flight, back, passes = engine.tick(
+      state.params, state.model_state, state.flight, batch, number, key
     )
     state = state._replace(
       entered=state.entered + valid,
       model_state=back.model_state,
       flight=flight,
     )
-    state = learn(state, back.grads, arrived)
-    seen = engine.is_last() & arrived
-    return state, (seen, back.loss, back.aux)
+    state = learn(state, back.grads, passes.backward >= 0)
+    return state, (passes, back.loss, back.aux)
 
   def learn(state: PetraState, grads, arrived):
     """Takes a gradient in, and updates after every k of them."""
@@ -159,47 +169,64 @@ def petra(
       grads = jax.tree.map(jnp.add, state.grads, grads)
     counted = state.counted + arrived
     due = arrived & (counted % k == 0)
+    # What is in flight stays out of the conditional, which would copy it.
+    learning = (
+      state.params,
+      state.model_state,
+      state.opt_state,
+      () if k == 1 else grads,
+      state.norm,
+    )
 
-    def update(state, grads):
+    def update(learning, grads):
+      params, stats, opt_state, _, _ = learning
       grads = jax.tree.map(lambda x: x / k, grads) if k > 1 else grads
-      stats = state.model_state
       if replicas is not None:
         grads, stats = jax.lax.pmean((grads, stats), replicas)
-      params, opt_state, norm = optimizer.update(
-        grads, state.params, state.opt_state
-      )
+      params, opt_state, norm = optimizer.update(grads, params, opt_state)
       empty = () if k == 1 else plan.params.zeros()
-      return state._replace(
-        params=params,
-        opt_state=opt_state,
-        model_state=stats,
-        norm=norm,
-        grads=empty,
-      )
+      return params, stats, opt_state, empty, norm
 
-    def keep(state, grads):
-      return state._replace(grads=() if k == 1 else grads)
+    def keep(learning, grads):
+      del grads
+      return learning
 
     if replicas is not None:
       # Messages between stages are over before those between pipelines start:
       # XLA for CPU would otherwise let devices wait for each other crosswise.
-      state, grads = jax.lax.optimization_barrier((state, grads))
-    state = jax.lax.cond(due, update, keep, state, grads)
-    return state._replace(counted=counted)
+      flight, grads = jax.lax.optimization_barrier((state.flight, grads))
+      state = state._replace(flight=flight)
+    params, stats, opt_state, left, norm = jax.lax.cond(
+      due, update, keep, learning, grads
+    )
+    return state._replace(
+      params=params,
+      model_state=stats,
+      opt_state=opt_state,
+      grads=left,
+      norm=norm,
+      counted=counted,
+    )
 
   def ticks(state, micro, valid, key):
     """A tick for each of the micro-batches (leaves (ticks, rows, ...))."""
     engine.check_axis("petra")
     body = lambda state, x: tick(state, x, valid, key)
-    state, (seen, loss, aux) = jax.lax.scan(body, state, micro)
-    metrics = reading.metrics(seen, loss, aux, state.norm, state.metrics)
-    return state._replace(metrics=metrics)
+    state, (passes, loss, aux) = jax.lax.scan(body, state, micro)
+    metrics = reading.metrics(passes, loss, aux, state.norm, state.metrics)
+    return state._replace(metrics=metrics), passes
+
+  def one_step(state: PetraState, batch, key):
+    micro = reading.micro_batches(batch, k)
+    return ticks(state, micro, jnp.ones((), bool), key)
 
   def step(state: PetraState, batch, key):
-    micro = reading.micro_batches(batch, k)
-    state = ticks(state, micro, jnp.ones((), bool), key)
+    state, _ = one_step(state, batch, key)
     state = state._replace(step=state.step + 1)
     return state, state.metrics
+
+  def trace(state: PetraState, batch, key):
+    return tuple(one_step(state, batch, key)[1])
 
   def drain(state: PetraState, key):
     nothing = jax.tree.map(
@@ -208,7 +235,7 @@ def petra(
     )
     if not plan.delay(0):
       return state
-    return ticks(state, nothing, jnp.zeros((), bool), key)
+    return ticks(state, nothing, jnp.zeros((), bool), key)[0]
 
   each = P(axis) if replicas is None else P(axis, replicas)
   specs = PetraState(
@@ -220,7 +247,7 @@ def petra(
     grads=each,
     counted=P(axis),
     norm=P(axis),
-    flight=each,
+    flight=Flight(up=each, down=each, fifo=each, entered=P()),
     metrics=P(),
   )
   return Method(
@@ -234,4 +261,5 @@ def petra(
     replicas=replicas,
     rows=P() if replicas is None else P(replicas),
     drain=drain,
+    trace=trace,
   )

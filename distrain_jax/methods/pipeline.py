@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from distrain_jax import gradients
 from distrain_jax.method import Method, Variables
 from distrain_jax.pipelining import plan as plans
-from distrain_jax.pipelining.engine import Engine, Message
+from distrain_jax.pipelining.engine import Engine, Passes
 from distrain_jax.pipelining.optimizer import Optimizer, Transforms
 from distrain_jax.pipelining.packing import Packed
 from distrain_jax.pipelining.reading import Reading
@@ -61,7 +61,8 @@ def pipeline(
   Args:
     network, tx, shapes, example, inputs, axis, replicas, wire_dtype: as for
       `petra`.
-    accumulate: M; the pipeline is idle for (J - 1) / (M + J - 1) of the time.
+    accumulate: M; where all stages are equal, the pipeline is idle for
+      (J - 1) / (M + J - 1) of the time, in either schedule.
     schedule: the order of the passes.
       "1f1b": a stage takes one micro-batch forward and one back in every tick,
         as soon as there is one. At most 2 (J - 1 - s) are kept on stage s,
@@ -78,7 +79,11 @@ def pipeline(
     clip_norm: largest global norm of the gradient; None: no clipping.
 
   Returns:
-    A `Method`. Metrics: loss, aux and grad_norm (before clipping).
+    A `Method`. Metrics: loss, aux, grad_norm (before clipping) and busy, the
+    fraction of all stages' passes, forward and back, that had a micro-batch:
+    M / (M + J - 1) of gpipe's. Of 1f1b's M / (M + 2 (J - 1)), by ticks: the
+    first J - 1 have no pass back and the last J - 1 none forward, so that
+    together they take the time of J - 1 others.
 
   Raises:
     ValueError: for stages that do not fit together, or options out of range.
@@ -104,7 +109,7 @@ def pipeline(
     keep_last=gpipe,
   )
   engine = Engine(plan, axis, replicas, wire_dtype)
-  optimizer = Optimizer("pipeline", engine, tx, None)
+  optimizer = Optimizer("pipeline", engine, tx)
   stateful = isinstance(shapes, Variables)
   reading = Reading("pipeline", engine, optimizer, inputs, stateful)
 
@@ -119,68 +124,84 @@ def pipeline(
     return jax.tree.map(pick, micro)
 
   def one_by_one(state, micro, key):
-    """1F1B: (grads, model_state, seen, loss, aux)."""
+    """1F1B: (grads, model_state, passes, loss, aux)."""
 
     def body(carry, i):
       grads, model_state, flight = carry
-      number = state.step * m + i
-      flight, back, arrived = engine.tick(
-        state.params, model_state, flight, at(micro, i), number, i < m, key
+      number = jnp.where(i < m, state.step * m + i, -1)
+      flight, back, passes = engine.tick(
+        state.params, model_state, flight, at(micro, i), number, key
       )
       grads = jax.tree.map(jnp.add, grads, back.grads)
-      return (grads, back.model_state, flight), (arrived, back.loss, back.aux)
+      return (grads, back.model_state, flight), (passes, back.loss, back.aux)
 
     ticks = jnp.arange(m + plan.delay(0))
     start = plan.params.zeros(), state.model_state, engine.nothing_in_flight(m)
-    (grads, model_state, _), seen = jax.lax.scan(body, start, ticks)
-    return grads, model_state, *seen
+    (grads, model_state, _), found = jax.lax.scan(body, start, ticks)
+    return grads, model_state, *found
 
   def all_at_once(state, micro, key):
     """GPipe: as `one_by_one`."""
     first = state.step * m
-    empty = engine.nothing_in_flight()
-    rows = jax.tree.map(
-      lambda x: jnp.zeros((m, *x.shape), x.dtype), plan.entries.zeros()
-    )
+
+    def number(i):
+      """Of the i-th micro-batch; -1: there is none."""
+      return jnp.where((i >= 0) & (i < m), first + i, -1)
 
     def forward(carry, i):
       model_state, up, fifo = carry
-      message = engine.entering(up, first + i, i < m)
+      mine = i - engine.stage()
       sent, entry, stats = engine.forward(
-        state.params, model_state, at(micro, i), message, key
+        state.params, model_state, at(micro, i), up, number(mine), key
       )
-      row = (message.number - first) % m
-      fifo = engine.push(fifo, entry, row, message.valid)
+      fifo = engine.push(fifo, entry, mine % m, number(mine) >= 0)
       model_state = stats if plan.mode.graph else model_state
-      return (model_state, engine.send_up(sent), fifo), None
+      return (model_state, engine.send_up(sent), fifo), number(mine)
 
     def backward(carry, i):
-      grads, model_state, down = carry
+      grads, model_state, down, fifo = carry
       down = engine.send_down(down)
-      header = jnp.stack([first + i, i < m]).astype(jnp.int32)
-      up = Message(empty.up.content, header)
-      header = jnp.where(engine.is_last(), header, down.header)
-      entry = engine.pop(fifo, (header[0] - first) % m)
+      mine = i - (plan.count - 1 - engine.stage())
+      fifo, entry = engine.pop(fifo, mine % m)
       back = engine.backward(
-        state.params, model_state, entry, at(micro, i), up, down, key
+        state.params,
+        model_state,
+        entry,
+        at(micro, i),
+        empty.up,
+        down,
+        number(mine),
+        key,
       )
-      sent = Message(back.down, header)
       grads = jax.tree.map(jnp.add, grads, back.grads)
-      out = sent.valid, back.loss, back.aux
-      return (grads, back.model_state, sent), out
+      out = number(mine), back.loss, back.aux
+      return (grads, back.model_state, back.down, fifo), out
 
+    empty, fifo = engine.nothing_in_flight(1), engine.fifo(m)
     ticks = jnp.arange(m + plan.count - 1)
-    start = state.model_state, empty.up, rows
-    (model_state, _, fifo), _ = jax.lax.scan(forward, start, ticks)
-    start = plan.params.zeros(), model_state, empty.down
-    (grads, model_state, _), seen = jax.lax.scan(backward, start, ticks)
-    return grads, model_state, *seen
+    start = state.model_state, empty.up, fifo
+    (model_state, _, fifo), up = jax.lax.scan(forward, start, ticks)
+    start = plan.params.zeros(), model_state, empty.down, fifo
+    out = jax.lax.scan(backward, start, ticks)
+    (grads, model_state, *_), (down, *found) = out
+    return grads, model_state, Passes(up, down), *found
 
-  def step(state: PipelineState, batch, key):
+  def passed(state, batch, key):
+    """All micro-batches both ways; gpipe's passes back come after the others."""
     engine.check_axis("pipeline")
     micro = reading.micro_batches(batch, m)
-    passes = all_at_once if gpipe else one_by_one
-    grads, model_state, seen, loss, aux = passes(state, micro, key)
+    way = all_at_once if gpipe else one_by_one
+    return way(state, micro, key)
+
+  def trace(state: PipelineState, batch, key):
+    forward, backward = passed(state, batch, key)[2]
+    if not gpipe:
+      return forward, backward
+    none = jnp.full_like(forward, -1)
+    return jnp.append(forward, none), jnp.append(none, backward)
+
+  def step(state: PipelineState, batch, key):
+    grads, model_state, passes, loss, aux = passed(state, batch, key)
     grads = jax.tree.map(lambda x: (x / m).astype(x.dtype), grads)
     if replicas is not None:
       grads, model_state = jax.lax.pmean((grads, model_state), replicas)
@@ -192,9 +213,8 @@ def pipeline(
     params, opt_state, _ = optimizer.update(
       grads, state.params, state.opt_state
     )
-    seen &= engine.is_last()
     none = reading.no_metrics()
-    metrics = reading.metrics(seen, loss, aux, squared, none)
+    metrics = reading.metrics(passes, loss, aux, squared, none)
     new = PipelineState(state.step + 1, params, model_state, opt_state)
     return new, metrics
 
@@ -210,4 +230,5 @@ def pipeline(
     layout=reading.layout(),
     replicas=replicas,
     rows=P() if replicas is None else P(replicas),
+    trace=trace,
   )

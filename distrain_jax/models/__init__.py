@@ -10,6 +10,7 @@ from distrain_jax.models import adapters as adapters
 from distrain_jax.models import gpt_neo as gpt_neo
 from distrain_jax.models import huggingface as huggingface
 from distrain_jax.models import names as names
+from distrain_jax.models import parts as parts
 from distrain_jax.models import weights as weights
 from distrain_jax.models.branches import blocks as blocks
 from distrain_jax.models.branches import branch_writers as branch_writers

@@ -16,6 +16,16 @@ from distrain_jax import stages
 from distrain_jax.method import Batch
 from distrain_jax.models.layers import to_float32
 
+# Models of `models.create` that are such sequences.
+NAMES = (
+  "rev_llama",
+  "rev_mlp",
+  "rev_vit",
+  "revnet18",
+  "revnet34",
+  "revnet50",
+)
+
 
 class Part(NamedTuple):
   """One block of a network."""
@@ -81,8 +91,7 @@ def blocks(
   if not hasattr(model, "parts"):
     raise TypeError(
       f"models.parts.blocks: {type(model).__name__} is not a sequence of parts. "
-      "Models that are: revnet18, revnet34, revnet50, rev_llama, rev_vit, "
-      "rev_mlp."
+      f"Models that are: {', '.join(NAMES)}."
     )
   *body, end = model.parts()
   made = [_block(part) for part in body]

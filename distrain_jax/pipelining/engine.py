@@ -13,31 +13,26 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from distrain_jax.pipelining import plan as plans
-from distrain_jax.pipelining.packing import Packed
+from distrain_jax.pipelining.packing import LANES, Packed
 from distrain_jax.pipelining.plan import Plan
 
 
-class Message(NamedTuple):
-  """From one stage to the next, or back."""
+class Passes(NamedTuple):
+  """The micro-batches that a stage works on in a tick; -1: none."""
 
-  content: Packed
-  header: jax.Array  # (2,), int32: micro-batch's number; 1, or 0 for no message
-
-  @property
-  def number(self) -> jax.Array:
-    return self.header[0]
-
-  @property
-  def valid(self) -> jax.Array:
-    return self.header[1] > 0
+  forward: jax.Array  # (), int32
+  backward: jax.Array  # (), int32
 
 
 class Flight(NamedTuple):
   """What is between the stages, and between the two passes of one."""
 
-  up: Message  # received
-  down: Message  # to be sent
+  up: Packed  # received from the stage before
+  down: Packed  # to be sent to the stage before
   fifo: Packed  # rows of entries, by micro-batch
+  # (2 J - 1,), int32: numbers of the micro-batches that entered, the latest
+  # first; -1: none. All stages know it, so that no message has to say it.
+  entered: jax.Array
 
 
 class Backward(NamedTuple):
@@ -114,35 +109,31 @@ class Engine(NamedTuple):
       index = jnp.where(active, index, len(order))
     return jax.lax.switch(index, branches)
 
-  def forward(self, params, model_state, batch, message, key):
+  def forward(self, params, model_state, batch, up, number, key):
     """A micro-batch's pass through this stage.
 
     Args:
       params, model_state: packed, as the plan has them.
       batch: (inputs, targets) of the micro-batch, which the first stage reads.
-      message: from the stage before; the first stage's has the header alone.
+      up: what the stage before sent, which the others read.
+      number: () int32, of the micro-batch; -1: there is none.
       key: the run's.
 
     Returns:
-      (message for the next stage, packed entry, new model_state). The last
+      (what is for the next stage, packed entry, new model_state). The last
       stage's pass belongs to its backward pass: it returns zeros.
     """
     plan = self.plan
 
     def branch(s):
+      received = self._received(s, batch, up)
       if s == plan.count - 1:
-        last = (
-          plan.boundaries.zeros(),
-          self._last_entry(batch, message),
-          model_state,
-        )
-        return last
-      x, targets = self._received(s, batch, message)
-      own = (
-        plan.params.unpack(params, s),
-        plan.model_state.unpack(model_state, s),
-      )
-      keys = self.keys(key, message.number, s)
+        kept = received if plan.keeps_last else ()
+        nothing = plan.boundaries.zeros()
+        return nothing, plan.entries.pack([kept], s), model_state
+      x, targets = received
+      own = self._own(params, model_state, s)
+      keys = self.keys(key, number, s)
       y, entry, new = plans.forward(plan, s, *own, x, keys)
       return (
         plan.boundaries.pack([(y, targets)], s),
@@ -151,23 +142,19 @@ class Engine(NamedTuple):
       )
 
     idle = lambda zeros: (*zeros[:2], model_state)
-    content, entry, new = self.switch(branch, message.valid, idle)
-    return Message(content, message.header), entry, new
+    return self.switch(branch, number >= 0, idle)
 
-  def _received(self, s, batch, message):
-    if s == 0:
-      return batch
-    return self.plan.boundaries.unpack(message.content, s - 1)[0]
+  def _received(self, s, batch, up):
+    return batch if s == 0 else self.plan.boundaries.unpack(up, s - 1)[0]
 
-  def _last_entry(self, batch, message):
-    s = self.plan.count - 1
-    received = ()
-    if self.plan.keeps_last:
-      received = self._received(s, batch, message)
-    return self.plan.entries.pack([received], s)
+  def _own(self, params, model_state, s):
+    plan = self.plan
+    return plan.params.unpack(params, s), plan.model_state.unpack(
+      model_state, s
+    )
 
   def backward(
-    self, params, model_state, entry, batch, up, down, key
+    self, params, model_state, entry, batch, up, down, number, key
   ) -> Backward:
     """A micro-batch's way back through this stage; the last one's both ways.
 
@@ -177,17 +164,13 @@ class Engine(NamedTuple):
       batch: (inputs, targets), which a first stage that is the last reads.
       up: what the last stage works on.
       down: from the next stage, for the others.
+      number: () int32, of the micro-batch; -1: there is none.
       key: the run's.
     """
     plan, end = self.plan, self.plan.count - 1
 
     def branch(s):
-      own = (
-        plan.params.unpack(params, s),
-        plan.model_state.unpack(model_state, s),
-      )
-      number = jnp.where(self.is_last(), up.number, down.number)
-      keys = self.keys(key, number, s)
+      own, keys = self._own(params, model_state, s), self.keys(key, number, s)
       if s == end:
         x, targets = self._received(s, batch, up)
         if plan.keeps_last:
@@ -195,7 +178,7 @@ class Engine(NamedTuple):
         out = self._back_from_loss(s, *own, x, targets, keys)
       else:
         kept = plan.entries.unpack(entry, s)[0]
-        y, dy = plan.returns.unpack(down.content, s)[0]
+        y, dy = plan.returns.unpack(down, s)[0]
         x, dx, grads, new = self._back(s, *own, kept, y, dy, keys)
         out = x, dx, grads, new, self._no_loss(), self._no_aux()
       x, dx, grads, new, loss, aux = out
@@ -210,9 +193,8 @@ class Engine(NamedTuple):
         aux,
       )
 
-    active = jnp.where(self.is_last(), up.valid, down.valid)
     idle = lambda zeros: zeros._replace(model_state=model_state)
-    return self.switch(branch, active, idle)
+    return self.switch(branch, number >= 0, idle)
 
   def _no_loss(self):
     return jnp.zeros((), jnp.float32)
@@ -271,8 +253,8 @@ class Engine(NamedTuple):
     return y, dy, grads[::-1], new[::-1]
 
   def tick(
-    self, params, model_state, flight: Flight, batch, number, valid, key
-  ) -> tuple[Flight, Backward, jax.Array]:
+    self, params, model_state, flight: Flight, batch, number, key
+  ) -> tuple[Flight, Backward, Passes]:
     """One pass forward, and one back of an older micro-batch.
 
     The message down travels beside the forward pass, the one up beside the
@@ -282,40 +264,43 @@ class Engine(NamedTuple):
       params, model_state: packed, as they are in this tick.
       flight: what is on its way.
       batch: (inputs, targets) of the micro-batch that enters.
-      number: () int32, its number.
-      valid: () bool, whether one enters.
+      number: () int32, its number; -1: none enters.
       key: the run's.
 
     Returns:
-      (flight, what came back, whether anything did). Its model_state is that
-      after the backward pass, or after the forward pass where the whole graph
-      is kept and there is no second one.
+      (flight, what came back, of which micro-batches). The second's model_state
+      is that after the backward pass, or after the forward pass where the whole
+      graph is kept and there is no second one.
     """
     down = self.send_down(flight.down)
-    up = self.entering(flight.up, number, valid)
+    entered = jnp.append(number, flight.entered[:-1])
+    last = self.plan.count - 1
+    passes = Passes(entered[self.stage()], entered[2 * last - self.stage()])
     rows = self._own_rows(flight.fifo)
-    entry = self.pop(flight.fifo, down.number % rows)
-    sent, new_entry, stats = self.forward(params, model_state, batch, up, key)
-    fifo = self.push(flight.fifo, new_entry, up.number % rows, up.valid)
-    next_up = self.send_up(sent)
+    fifo, entry = self.pop(flight.fifo, passes.backward % rows)
+    sent, new_entry, stats = self.forward(
+      params, model_state, batch, flight.up, passes.forward, key
+    )
+    fifo = self.push(
+      fifo, new_entry, passes.forward % rows, passes.forward >= 0
+    )
+    up = self.send_up(sent)
     if self.plan.mode.graph:
       model_state = stats
-    back = self.backward(params, model_state, entry, batch, up, down, key)
-    header = jnp.where(self.is_last(), up.header, down.header)
-    next_down = Message(back.down, header)
-    return Flight(next_up, next_down, fifo), back, next_down.valid
+    back = self.backward(
+      params, model_state, entry, batch, flight.up, down, passes.backward, key
+    )
+    return Flight(up, back.down, fifo, entered), back, passes
 
   def nothing_in_flight(self, most: int | None = None) -> Flight:
     """As before the first tick; `most` micro-batches will be in flight."""
-    rows = self._rows(self.plan.delay(0) if most is None else most)
-    zeros = self.plan.entries.zeros()
-    fifo = jax.tree.map(
-      lambda x: jnp.zeros((max(rows), *x.shape), x.dtype), zeros
-    )
+    plan = self.plan
+    rows = self._rows(plan.delay(0) if most is None else most)
     return Flight(
-      up=self.no_message(self.plan.boundaries.zeros()),
-      down=self.no_message(self.plan.returns.zeros()),
-      fifo=fifo,
+      up=plan.boundaries.zeros(),
+      down=plan.returns.zeros(),
+      fifo=self.fifo(max(rows)),
+      entered=jnp.full(2 * plan.count - 1, -1, jnp.int32),
     )
 
   def _rows(self, most: int) -> list[int]:
@@ -327,22 +312,14 @@ class Engine(NamedTuple):
     longest = max((x.shape[0] for x in jax.tree.leaves(fifo)), default=1)
     return jnp.asarray(self._rows(longest))[self.stage()]
 
-  def no_message(self, content: Packed) -> Message:
-    return Message(content, jnp.zeros(2, jnp.int32))
+  def send_up(self, content: Packed) -> Packed:
+    return self._shift(content, 1)
 
-  def entering(self, up: Message, number, valid) -> Message:
-    """What this stage's pass forward works on: the first one's enters here."""
-    header = jnp.stack([number, valid]).astype(jnp.int32)
-    return Message(up.content, jnp.where(self.stage() == 0, header, up.header))
+  def send_down(self, content: Packed) -> Packed:
+    return self._shift(content, -1)
 
-  def send_up(self, message: Message) -> Message:
-    return self._shift(message, 1)
-
-  def send_down(self, message: Message) -> Message:
-    return self._shift(message, -1)
-
-  def _shift(self, message: Message, by: int) -> Message:
-    """To the neighbour; a stage that has none on that side gets no message.
+  def _shift(self, content: Packed, by: int) -> Packed:
+    """To the neighbour.
 
     The permutation is a whole one, as vmap asks for: what goes round the end
     is not read.
@@ -353,24 +330,47 @@ class Engine(NamedTuple):
       floating = jnp.issubdtype(x.dtype, jnp.floating)
       return x.astype(dtype) if wire is not None and floating else x
 
-    sent = jax.tree.map(lambda x: cast(x, wire), message)
+    sent = jax.tree.map(lambda x: cast(x, wire), content)
     pairs = [(s, (s + by) % count) for s in range(count)]
     got = jax.lax.ppermute(sent, self.axis, pairs)
-    got = jax.tree.map(lambda x, like: cast(x, like.dtype), got, message)
-    end = 0 if by > 0 else count - 1
-    nothing = jnp.zeros_like(got.header)
-    header = jnp.where(self.stage() == end, nothing, got.header)
-    return got._replace(header=header)
+    return jax.tree.map(lambda x, like: cast(x, like.dtype), got, content)
 
-  def pop(self, fifo: Packed, row: jax.Array) -> Packed:
-    at = lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
-    return jax.tree.map(at, fifo)
+  def fifo(self, rows: int) -> Packed:
+    """An empty one: the entries' buffers with a leading axis of rows.
+
+    Flat ones are cut into lanes, or XLA for TPU would tile the rows together,
+    and copy all of them to do so.
+    """
+
+    def one(x):
+      flat = x.ndim == 1 and x.size % LANES == 0
+      shape = (x.size // LANES, LANES) if flat else x.shape
+      return jnp.zeros((rows, *shape), x.dtype)
+
+    return jax.tree.map(one, self.plan.entries.zeros())
+
+  def pop(self, fifo: Packed, row: jax.Array) -> tuple[Packed, Packed]:
+    """(the FIFO, a row of it), read before anything is written.
+
+    Else XLA may read it late, and keep a copy of the whole FIFO for that.
+    """
+    entry = jax.tree.map(
+      lambda x, like: _row(x, row).reshape(like.shape),
+      fifo,
+      self.plan.entries.zeros(),
+    )
+    return jax.lax.optimization_barrier((fifo, entry))
 
   def push(self, fifo: Packed, entry: Packed, row, valid) -> Packed:
     """The entry in a row, unless it is not valid."""
 
     def one(x, new):
-      new = jnp.where(valid, new, self.pop(x, row))
+      old = _row(x, row)
+      new = jnp.where(valid, new.reshape(old.shape), old)
       return jax.lax.dynamic_update_index_in_dim(x, new, row, 0)
 
     return jax.tree.map(one, fifo, entry)
+
+
+def _row(x, row):
+  return jax.lax.dynamic_index_in_dim(x, row, keepdims=False)

@@ -1,6 +1,6 @@
 """The optimizer of a pipeline: every block has its own state, on its stage."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +21,21 @@ Transforms = (
 class Optimizer:
   """`tx` on the blocks of a plan; what it keeps is packed like the rest.
 
-  A transform sees one block's parameters at a time.
+  A transform sees one block's parameters at a time. Updates are multiplied by
+  the stage's of `scales`, clipping is by the norm of the stage's gradient.
   """
 
   def __init__(
-    self, name: str, engine: Engine, tx: Transforms, clip_norm: float | None
+    self,
+    name: str,
+    engine: Engine,
+    tx: Transforms,
+    clip_norm: float | None = None,
+    scales: Sequence[float] | None = None,
   ):
     gradients.check_clip_norm(name, clip_norm)
     self.engine, self.tx, self.clip_norm = engine, tx, clip_norm
+    self.scales = scales
     blocks = [b.name for stage in engine.plan.stages for b in stage]
     if isinstance(tx, Mapping) and set(tx) != set(blocks):
       raise ValueError(
@@ -65,6 +72,9 @@ class Optimizer:
       states = self.packing.unpack(state, s)
       for block, g, p, old in zip(plan.stages[s], gs, ps, states):
         updates, new = self.of(block.name).update(g, old, p)
+        if self.scales is not None:
+          scale = jnp.asarray(self.scales)[self.engine.stage()]
+          updates = gradients.scale_tree(updates, scale)
         new_params.append(optax.apply_updates(p, updates))
         new_states.append(new)
       packed = self.packing.pack(new_states, s)

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Flat buffers are whole tiles, in which XLA for TPU lays arrays out: as rows of
+# LANES they then lie in memory as flat.
+TILE, LANES = 1024, 128
 Packed = dict[str, Any]  # {"alike": (tree, ...), "flat": {dtype: (columns,)}}
 
 
@@ -126,6 +129,7 @@ def packing(by_worker: Sequence[Sequence[Any] | None]) -> Packing:
     flat.append(columns)
   dtypes = sorted({d for columns in flat for d in columns})
   longest = {d: max(c.get(d, 0) for c in flat) for d in dtypes}
+  longest = {d: -(-n // TILE) * TILE for d, n in longest.items()}
   used = [sum(n * np.dtype(d).itemsize for d, n in c.items()) for c in flat]
   return Packing(tuple(parts), tuple(alike), longest, tuple(used))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from distrain_jax import gradients, stages
 from distrain_jax.method import Variables
-from distrain_jax.pipelining.engine import Engine
+from distrain_jax.pipelining.engine import Engine, Passes
 from distrain_jax.pipelining.optimizer import Optimizer
 
 
@@ -88,21 +88,23 @@ class Reading:
     """Before any micro-batch has reached the last stage."""
     zero = jnp.zeros((), jnp.float32)
     aux = jax.tree.map(lambda x: zero, self.engine.plan.aux)
-    return {**aux, "loss": zero, "grad_norm": zero}
+    return {**aux, "loss": zero, "grad_norm": zero, "busy": zero}
 
-  def metrics(self, seen, loss, aux, squared_norm, before):
+  def metrics(self, passes: Passes, loss, aux, squared_norm, before):
     """Equal on all stages, from what the last one saw.
 
     Args:
-      seen: (ticks,), bool: whether the tick had a loss, on this stage.
+      passes: (ticks,) each, of this stage.
       loss, aux: (ticks,) each.
       squared_norm: (), of this stage's gradient.
-      before: what is reported where no tick had one.
+      before: what is reported where no tick had a loss.
     """
+    seen = (passes.backward >= 0) & self.engine.is_last()
     total = lambda x: jnp.where(seen, x.astype(jnp.float32), 0).sum()
     sums = jax.tree.map(total, {**aux, "loss": loss})
-    sums, count, squared = jax.lax.psum(
-      (sums, seen.sum(dtype=jnp.float32), squared_norm), self.engine.axis
+    busy = sum((x >= 0).mean(dtype=jnp.float32) for x in passes) / len(passes)
+    sums, count, squared, busy = jax.lax.psum(
+      (sums, seen.sum(dtype=jnp.float32), squared_norm, busy), self.engine.axis
     )
     if self.engine.replicas is not None:
       sums, squared = jax.lax.pmean((sums, squared), self.engine.replicas)
@@ -110,7 +112,8 @@ class Reading:
       name: jnp.where(count > 0, x / jnp.maximum(count, 1), before[name])
       for name, x in sums.items()
     }
-    return {**means, "grad_norm": jnp.sqrt(squared)}
+    busy /= self.engine.plan.count
+    return {**means, "grad_norm": jnp.sqrt(squared), "busy": busy}
 
   def layout(self, *more: Any) -> str:
     """Which block is on which stage, and what else the state depends on."""

@@ -22,7 +22,10 @@ OWN_OPTIONS = (
   "axis",
   "blocks",
   "bytes_per_token",
+  "example",
+  "inputs",
   "names",
+  "replicas",
   "shapes",
   "stateful",
   "writers",
@@ -67,7 +70,10 @@ def default_config() -> ConfigDict:
   c.optimizer = ConfigDict()
   c.optimizer.name = "adamw"  # sgd, momentum, adam or adamw
   c.optimizer.learning_rate = 1e-3  # the peak
-  c.optimizer.schedule = "cosine"  # constant, linear or cosine, after warm-up
+  # constant, step, linear or cosine, after warm-up
+  c.optimizer.schedule = "cosine"
+  # Of step: when the rate falls to a tenth, as fractions of the run.
+  c.optimizer.drops = (0.5, 0.75)
   c.optimizer.warmup_steps = 0  # linear, from 0
   c.optimizer.final_fraction = 0.0  # of the peak, at the last step
   c.optimizer.momentum = 0.9  # of momentum

@@ -27,7 +27,7 @@ def evaluator(
   jitted = jax.jit(sums_of)
 
   def evaluate(params, batches):
-    return averages(lambda batch: jitted(params, run.put(batch)), batches)
+    return averages(lambda batch: jitted(params, run.spread(batch)), batches)
 
   return evaluate
 

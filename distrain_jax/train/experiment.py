@@ -16,6 +16,7 @@ from distrain_jax.train import config as configs
 from distrain_jax.train import (
   initial,
   optimizers,
+  pipelined,
   placement,
   scores,
   validate,
@@ -54,10 +55,9 @@ def build(c: ConfigDict) -> Experiment:
   _, run, params, *_ = built = program(c, dataset.info)
   if c.initial_params:
     params = _given(c, built)
-  rows = placement.process_rows(run.mesh, run.method.axis)
 
-  def batches():
-    return data.train_iterator(
+  def batches_of(rows):
+    return lambda: data.train_iterator(
       dataset.train,
       batch_size=c.batch_size,
       seed=c.seed,
@@ -65,6 +65,8 @@ def build(c: ConfigDict) -> Experiment:
       **rows,
     )
 
+  batches = batches_of(placement.step_rows(run.method, run.mesh))
+  rows = placement.process_rows(run.mesh, run.method.axis)
   scored = built.run, built.task, built.model, dataset, rows
   return Experiment(
     config=c,
@@ -72,7 +74,7 @@ def build(c: ConfigDict) -> Experiment:
     key=jax.random.fold_in(jax.random.key(c.seed), 1),
     params=params,
     batches=batches,
-    evaluate=scores.of_model(c, *scored, batches),
+    evaluate=scores.of_model(c, *scored, batches_of(rows)),
     evaluate_members=scores.of_members(c, *scored),
   )
 
@@ -109,7 +111,7 @@ def program(
   mesh = _checked_mesh(c, devices)
   axis = axis_of(c)
   model, task = _model_and_task(c, info, axis)
-  method = _method(c, model, task, info)
+  method = _method(c, model, task, info, mesh)
   shardings = _shardings(c, model, task, info, mesh)
   run = runners.distribute(method, mesh)
 
@@ -203,19 +205,22 @@ def _model_and_task(c, info: data.Info, axis: str):
   return model, models.task(model, kind, example(info), **loss)
 
 
-def _method(c, model, task, info: data.Info) -> Method:
-  loss_fn, inputs = task.loss_fn, next(iter(example(info).values()))
-  if task.stateful:
-    loss_fn = stateful(loss_fn, stats=c.stats)
-  factory, chosen = methods.FACTORIES[c.method.name], {}
-  for option, of_model in STRUCTURE.items():
-    if configs.takes(factory, option):
-      chosen[option] = of_model(model, inputs)
-  tx = optimizers.build(
-    c.optimizer, c.steps, models.logical_names(model, inputs)
-  )
-  chosen |= validate.chosen_method_options(c)
-  method = factory(loss_fn, tx, **chosen)
+def _method(c, model, task, info: data.Info, mesh: Mesh) -> Method:
+  factory, inputs = methods.FACTORIES[c.method.name], _inputs(info)
+  if c.method.name in methods.PIPELINED:
+    cut, chosen = pipelined.partition(c, model, task, example(info), mesh)
+    trained, tx = cut.stages, pipelined.transforms(c, model, inputs, cut)
+  else:
+    trained, chosen = task.loss_fn, {}
+    if task.stateful:
+      trained = stateful(trained, stats=c.stats)
+    for option, of_model in STRUCTURE.items():
+      if configs.takes(factory, option):
+        chosen[option] = of_model(model, inputs)
+    tx = optimizers.build(
+      c.optimizer, c.steps, models.logical_names(model, inputs)
+    )
+  method = factory(trained, tx, **chosen, **validate.chosen_method_options(c))
   # Guarded always: a run that a bad step stopped can then go on from its last
   # checkpoint with another action, because the state has the same structure.
   action = "skip" if c.bad_step.action == "skip" else "count"
@@ -239,9 +244,13 @@ STRUCTURE = {
 }
 
 
+def _inputs(info: data.Info) -> jax.ShapeDtypeStruct:
+  return next(iter(example(info).values()))
+
+
 def _shardings(c, model, task, info, mesh: Mesh):
   """Shardings of the initial params (or Variables) over the mesh."""
-  inputs = next(iter(example(info).values()))
+  inputs = _inputs(info)
   params = placement.shardings(
     c.sharding.to_dict(),
     models.logical_names(model, inputs),

@@ -186,6 +186,8 @@ class _Loop:
   def _pause(self, step: int, stopping: bool) -> None:
     """Evaluates and saves where it is time to."""
     last = step == self.c.steps
+    if last and self.run.drain is not None:
+      self.state = self.run.drain(self.state, self.x.key)
     loss = None
     if last or _is_time(step, self.c.evaluation.every):
       split = self.c.evaluation.split

@@ -50,6 +50,6 @@ def members_evaluator(
   jitted = jax.jit(runner(one_worker, (method.specs, same), same))
 
   def evaluate(state, batches):
-    return averages(lambda batch: jitted(state, run.put(batch)), batches)
+    return averages(lambda batch: jitted(state, run.spread(batch)), batches)
 
   return evaluate

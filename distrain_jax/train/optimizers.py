@@ -6,13 +6,14 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+DROP = 0.1  # what a step of the schedule "step" multiplies the rate by
 # Logical axes that make no matrix of a vector: along the first, parameters of
 # different layers are stacked; the second cuts a vector into heads.
 NOT_COUNTED = {"layers", "head_dim"}
 
 
 def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
-  """Linear warm-up from 0, then constant, linear or cosine decay.
+  """Linear warm-up from 0, then constant, step, linear or cosine decay.
 
   Args:
     c: `config.optimizer`.
@@ -23,6 +24,10 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
   final = peak * c.final_fraction
   if c.schedule == "constant":
     after = optax.constant_schedule(peak)
+  elif c.schedule == "step":
+    # Fractions of the whole run; the schedule starts after the warm-up.
+    drops = {round(x * steps) - warmup: DROP for x in c.drops}
+    after = optax.piecewise_constant_schedule(peak, drops)
   elif c.schedule == "linear":
     after = optax.linear_schedule(peak, final, decay_steps)
   else:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from distrain_jax.method import Method
 from distrain_jax.models.names import kind
 from distrain_jax.train.config import suggest
 
@@ -57,6 +58,15 @@ def shardings(
     return NamedSharding(mesh, P(*spec))
 
   return jax.tree_util.tree_map_with_path(one, names, shapes, is_leaf=is_names)
+
+
+def step_rows(method: Method, mesh: Mesh) -> dict[str, int]:
+  """As `process_rows`, for the batches of a method's step."""
+  if method.rows is None:
+    return process_rows(mesh, method.axis)
+  if not method.rows:  # all rows on all workers
+    return {"process_index": 0, "process_count": 1}
+  return process_rows(mesh, method.rows[0])
 
 
 def process_rows(mesh: Mesh, axis: str) -> dict[str, int]:

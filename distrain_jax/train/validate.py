@@ -6,10 +6,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from distrain_jax import methods
+from distrain_jax.train import pipelined
 from distrain_jax.train.config import options_of, suggest
 
 OPTIMIZERS = ("adam", "adamw", "momentum", "sgd")
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "step")
 DTYPES = ("bfloat16", "float16", "float32")
 MORE_DTYPES = {"estimate_dtype": ("int8",)}  # option -> what else it takes
 AT_LEAST_ONE = (
@@ -91,6 +92,11 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
   """
   _choice("optimizer.name", c.optimizer.name, OPTIMIZERS)
   _choice("optimizer.schedule", c.optimizer.schedule, SCHEDULES)
+  if not all(0 < x < 1 for x in c.optimizer.drops):
+    raise ValueError(
+      f"config.optimizer.drops={c.optimizer.drops!r} are fractions of the run, "
+      "each above 0 and below 1."
+    )
   _choice("stats", c.stats, ("averaged", "local", "synchronised"))
   _choice("bad_step.action", c.bad_step.action, ("stop", "skip"))
   _choice("evaluation.split", c.evaluation.split, ("validation", "test"))
@@ -116,14 +122,18 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
 def _batch(c, mesh_shape, axis):
   n, accumulate = mesh_shape[axis], c.method.get("accumulate") or 1
   halves = methods.HALVES.get(c.method.name, 1)
-  multiple = n * halves * accumulate
+  shares, sharing = n, f"{n} workers"
+  if c.method.name in methods.PIPELINED:
+    shares = pipelined.replicas(mesh_shape)
+    sharing = f"{shares} pipelines"
+  multiple = shares * halves * accumulate
   if c.batch_size % multiple:
     low = c.batch_size // multiple * multiple
     near = f"{low} or {low + multiple}" if low else f"{multiple}"
     of_halves = f"{halves} halves of a step of {c.method.name} times the "
     raise ValueError(
       f"config.batch_size={c.batch_size} is the global batch and must be a "
-      f"multiple of the {of_halves if halves > 1 else ''}{n} workers of "
+      f"multiple of the {of_halves if halves > 1 else ''}{sharing} of "
       f"config.mesh={dict(mesh_shape)} times "
       f"config.method.accumulate={accumulate}. Nearest: {near}, e.g. "
       f"--config.batch_size={low + multiple}."

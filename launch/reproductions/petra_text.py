@@ -1,0 +1,65 @@
+"""PETRA against back-propagation on text, with SGD and with AdamW.
+
+Python's standard library, byte by byte; a reversible decoder of four layers on
+eight stages; 960 micro-batches of 4 rows of 64 bytes, four of them an update.
+Back-propagation is the synchronous reversible pipeline on the same stages.
+Each optimizer's rate is the best of itself, its half and its quarter for
+back-propagation.
+"""
+
+from configs.petra import text
+
+TITLE = (
+  "Text, a reversible decoder of 82,208 parameters, 8 stages, AdamW and SGD"
+)
+METRIC = "validation_loss"
+FOLLOWS = (
+  "optimizer.learning_rate",
+  "optimizer.name",
+  "optimizer.weight_decay",
+  "optimizer.nesterov",
+)
+UNIT = "nats a byte"
+CLAIM = ("petra, adamw", 5.0)
+K, ROWS_MICRO, STEPS = 4, 4, 240
+OPTIMIZERS = {
+  "adamw": {"name": "adamw", "learning_rate": 8e-3},
+  "sgd": {
+    "name": "momentum",
+    "nesterov": True,
+    "learning_rate": 0.4,
+    "weight_decay": 0.0,
+  },
+}
+BACK = {"name": "pipeline", "buffer": "none"}
+PETRA = {"name": "petra"}
+ROWS = {
+  "back-propagation, adamw": BACK,
+  "petra, adamw": PETRA,
+  "petra, scaled by delay, adamw": {**PETRA, "delay_exponent": 0.5},
+  "petra, true inputs, adamw": {**PETRA, "buffer": "input"},
+  "back-propagation, sgd": BACK,
+  "petra, sgd": PETRA,
+}
+
+
+def against(row: str) -> str:
+  """Back-propagation with the same optimizer."""
+  return f"back-propagation, {row.rpartition(', ')[2]}"
+
+
+def config(row: str):
+  """One row's config, but for the seed."""
+  c = text.get_config()
+  with c.unlocked():
+    c.steps = STEPS
+    c.batch_size = K * ROWS_MICRO
+    c.data.length = 64
+    size = {"embed": 32, "layers": 4, "heads": 8, "kv_heads": 8, "head_dim": 4}
+    c.model.update(size, mlp=128)
+    c.optimizer.update(OPTIMIZERS[row.rpartition(", ")[2]])
+    c.optimizer.warmup_steps = c.steps // 10
+    c.evaluation.every = 0
+    c.checkpoint.every = 0
+    c.method.update(ROWS[row], accumulate=K)
+  return c
