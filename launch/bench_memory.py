@@ -188,11 +188,11 @@ def check(programs: list[str]) -> None:
     )
   for program in programs:
     model, method, devices = (*program.split("/"), "", "")[:3]
-    known = model in OPTIONS and method in methods.FACTORIES
+    known = model in OPTIONS and method in methods.OF_A_LOSS
     if not known or not devices.isdecimal() or program.count("/") != 2:
       raise app.UsageError(
         f"--programs: {program!r} is not MODEL/METHOD/DEVICES with a model of "
-        f"{', '.join(OPTIONS)} and a method of {', '.join(methods.FACTORIES)}, "
+        f"{', '.join(OPTIONS)} and a method of {', '.join(methods.OF_A_LOSS)}, "
         "e.g. llama/zero1/8."
       )
 

@@ -3,7 +3,8 @@ r"""Every method on scikit-learn's digits: one table, one picture.
   ./launch/quickstart.sh             # in an environment of its own
   python launch/quickstart.py        # in yours
 
-Eight workers on simulated CPU devices train a small MLP. Interrupted, it goes
+Eight workers on simulated CPU devices train a small MLP; as many stages of a
+reversible one where the method takes a network in stages. Interrupted, it goes
 on where it was; finished methods are not trained again.
 """
 
@@ -17,6 +18,7 @@ from distrain_jax.train import curves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs import digits
+from configs.petra import digits as petra_digits
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where runs go.")
 STEPS = flags.DEFINE_integer("steps", None, "Of each run; unset: the config's.")
@@ -51,7 +53,8 @@ def main(argv) -> None:
 
 def one(method: str, folder: Path) -> tuple[str, ...]:
   """Trains one method and returns its row."""
-  config = digits.get_config()
+  pipelined = method in methods.PIPELINED
+  config = (petra_digits if pipelined else digits).get_config()
   config.method.name = method
   if STEPS.value is not None:
     config.steps = STEPS.value

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import optax
+import petra_networks
 import pytest
 
 import distrain_jax as dj
@@ -27,6 +28,8 @@ METHODS = {
   "local_sgd": functools.partial(dj.local_sgd, sync_every=2),
   "diloco": functools.partial(dj.diloco, sync_every=2, fragments=2, delay=1),
 }
+HELPERS = pathlib.Path(petra_networks.__file__).parent
+ALL = (*METHODS, "petra")
 ROOT = pathlib.Path(dj.__file__).parents[1]
 
 
@@ -72,6 +75,37 @@ def train(run, rows=slice(None)):
   return out | {k: np.asarray(x) for k, x in model.items()}
 
 
+def make_pipeline(mesh=None):
+  """PETRA on four stages, two of them in each process."""
+  blocks, params, _ = petra_networks.make("rr", fn=petra_networks.dropping)
+  method = dj.petra(
+    blocks,
+    optax.adamw(0.01),
+    shapes=params,
+    example=petra_networks.batches(1),
+    accumulate=2,
+    clip_norm=0.5,
+  )
+  if mesh is None:
+    return dj.simulate(method, workers=PROCESSES * DEVICES), params
+  return dj.distribute(method, mesh), params
+
+
+def train_pipeline(run, params):
+  """As `train`; every process feeds all rows. Then what was in flight."""
+  key, out = jax.random.key(7), {}
+  state = run.init(key, params)
+  for step in range(STEPS):
+    batch = petra_networks.batches(2, seed=1 + step)
+    state, metrics = run.step(state, run.put(batch), key)
+    out |= {f"{k}_{step}": np.asarray(x) for k, x in metrics.items()}
+  for when in ("before", "after"):
+    for path, x in jax.tree_util.tree_leaves_with_path(run.params(state)):
+      out[f"{when}{jax.tree_util.keystr(path)}"] = np.asarray(x)
+    state = run.drain(state, key)
+  return out
+
+
 def child(folder):
   """One process: started by the test below, not by pytest."""
   from distrain_jax import spmd
@@ -86,6 +120,8 @@ def child(folder):
   for name in METHODS:
     out = train(make_run(name, mesh), rows)
     np.savez(pathlib.Path(folder) / f"{name}_{me}.npz", **out)
+  out = train_pipeline(*make_pipeline(spmd.make_mesh({"stage": -1})))
+  np.savez(pathlib.Path(folder) / f"petra_{me}.npz", **out)
 
 
 def free_port():
@@ -100,7 +136,7 @@ def launch(folder):
     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
     "JAX_NUM_PROCESSES": str(PROCESSES),
     "PYTHONPATH": os.pathsep.join(
-      [str(ROOT), os.environ.get("PYTHONPATH", "")]
+      [str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH", "")]
     ),
   }
   env.pop("XLA_FLAGS", None)
@@ -140,10 +176,10 @@ def results(tmp_path_factory):
       break
   assert codes == [0] * PROCESSES, output
   load = lambda name, i: dict(np.load(folder / f"{name}_{i}.npz"))
-  return {name: [load(name, i) for i in range(PROCESSES)] for name in METHODS}
+  return {name: [load(name, i) for i in range(PROCESSES)] for name in ALL}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 def test_all_processes_hold_the_same_numbers(name, results):
   first, second = results[name]
   assert first.keys() == second.keys()
@@ -151,9 +187,11 @@ def test_all_processes_hold_the_same_numbers(name, results):
     np.testing.assert_array_equal(first[k], second[k])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 def test_two_processes_equal_one_device(name, results):
-  expected = train(make_run(name))
+  expected = train(make_run(name)) if name in METHODS else None
+  if expected is None:
+    expected = train_pipeline(*make_pipeline())
   assert expected.keys() == results[name][0].keys()
   for k, x in expected.items():
     np.testing.assert_allclose(results[name][0][k], x, rtol=1e-5, atol=1e-6)

@@ -22,7 +22,7 @@ OPTIONS = {  # XLA for CPU aborts on bfloat16 sums over one axis of several
   "diloco": {"sync_every": 2},
 }
 # Parts of arrays, as sdp's, are not recognised: they lie whole along other axes.
-WHOLE = [name for name in methods.FACTORIES if name != "sdp"]
+WHOLE = [name for name in methods.OF_A_LOSS if name != "sdp"]
 by_name = pytest.mark.parametrize("name", WHOLE)
 
 

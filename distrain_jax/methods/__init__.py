@@ -42,8 +42,9 @@ FACTORIES = {
   "pipeline": pipeline,
 }
 
-# Those that take a network in stages in the place of a loss.
+# Those that take a network in stages in the place of a loss; and the others.
 PIPELINED = ("petra", "pipeline")
+OF_A_LOSS = tuple(name for name in FACTORIES if name not in PIPELINED)
 
 # How often a step cuts a worker's share into `accumulate` micro-batches: once,
 # but for methods whose step has several parts.

@@ -104,11 +104,12 @@ def test_two_processes_killed_end_with_the_bits_of_one_that_was_not(
   assert_same_end(tmp_path, uninterrupted("zero1", "pair"))
 
 
-def test_two_processes_stop_after_the_same_step(
+def test_two_processes_stop_after_the_same_step_with_all_that_is_in_flight(
   steps, start, assert_same_end, tmp_path
 ):
+  """A pipeline: its checkpoints hold messages that are between stages."""
   folder, reference = tmp_path / "stopped", tmp_path / "reference"
-  two = functools.partial(start, local=True)
+  two = functools.partial(start, local=True, arg="stages")
   run = two(reference)
   assert run.wait() == 0, run.text()
   kill_one_of_two_after(steps, two(folder))

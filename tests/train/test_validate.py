@@ -80,7 +80,7 @@ def test_a_step_of_two_halves_needs_twice_the_micro_batches(tiny):
   validate.validate(c, MESH, "data")
 
 
-@pytest.mark.parametrize("name", methods.FACTORIES)
+@pytest.mark.parametrize("name", methods.OF_A_LOSS)
 def test_a_batch_that_is_let_through_can_be_cut_and_no_smaller_one(name, tiny):
   workers, accumulate = 2, 3
   loss_fn = lambda params, batch, key: (jnp.mean((batch @ params) ** 2), {})
@@ -167,6 +167,21 @@ def test_the_estimate_may_travel_in_8_bits_and_nothing_else_may(tiny):
   with pytest.raises(ValueError, match=r"wire_dtype='int8'\. It is one of bf"):
     wire = {"method.name": "acco", "method.wire_dtype": "int8"}
     validate.chosen_method_options(tiny(**wire))
+
+
+def test_a_pipeline_s_batch_is_shared_by_pipelines_not_by_stages(tiny):
+  options = {"method.name": "petra", "method.accumulate": 3, "batch_size": 8}
+  c = tiny(**options)
+  with pytest.raises(ValueError, match=r"2 pipelines of .* Nearest: 6 or 12"):
+    validate.validate(c, {"stage": 4, "data": 2}, "stage")
+  c.batch_size = 12
+  validate.validate(c, {"stage": 4, "data": 2}, "stage")
+
+
+def test_drops_are_fractions_of_the_run(tiny):
+  c = tiny(**{"optimizer.schedule": "step", "optimizer.drops": (0.5, 75.0)})
+  with pytest.raises(ValueError, match=r"drops=\(0.5, 75.0\) are fractions"):
+    validate.validate(c, MESH, "data")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from distrain_jax.train import default_config
 
 
 def get_config(arg: str | None = None):
-  """`:pair` has two workers, whatever the devices.
+  """`:pair` has two workers, `:stages` PETRA on four stages.
 
   A sum of two is the same bits in any order, so in any number of processes.
   """
@@ -22,6 +22,11 @@ def get_config(arg: str | None = None):
   c.data.name = "digits"
   c.data.augment = ("pad_crop:1",)
   c.model = ConfigDict({"name": "mlp", "widths": (24,), "dropout": 0.2})
+  if arg == "stages":  # an update a step, of two micro-batches
+    c.mesh = ConfigDict({"stage": 4})
+    c.model = ConfigDict({"name": "rev_mlp", "width": 8, "hidden": 8})
+    c.model.update(blocks=2, dropout=0.2)
+    c.method.update(name="petra", accumulate=2)
   c.method.clip_norm = 1.0
   c.optimizer.learning_rate = 1e-2
   c.optimizer.warmup_steps = 7

@@ -1,0 +1,174 @@
+r"""PETRA's memory, messages and compute beside its rivals', as compiled.
+
+  python launch/compare_petra.py                                 # an hour
+  python launch/compare_petra.py --network='rev_llama 134M' \
+    --topology=h100:8 --row=PETRA --row='1F1B, inputs kept'
+
+Compiles training steps for devices that need not be there, one a stage: the
+rows of launch/comparisons/petra.py, PETRA with what each of its buffers keeps,
+1F1B, GPipe and the synchronous reversible pipeline with 32 micro-batches a step;
+for a reversible Llama of 134M parameters in stages of equal work, for a
+RevNet-50 on ImageNet, and of PETRA alone for a chain of 8, 16 and 32 equal
+stages. No array is made.
+
+Writes petra_compiled.json after every compile, so that an interrupted command
+goes on where it stopped, and petra_compiled.png; prints tables for README. To
+compile anew, delete the file.
+"""
+
+import json
+import os
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from distrain_jax import spmd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launch.comparisons import petra as comparison  # noqa: E402
+from launch.comparisons import petra_tables  # noqa: E402
+
+NETWORKS = flags.DEFINE_multi_string("network", None, "One; unset: all.")
+TOPOLOGIES = flags.DEFINE_list("topology", [], "E.g. v5e:2x4,h100:8.")
+ROWS = flags.DEFINE_multi_string("row", None, "One of them; unset: all.")
+OUT = flags.DEFINE_string("out", "results", "Folder of the files.")
+SET = flags.DEFINE_list(
+  "set", [], "FIELD=VALUE of the config in all rows, e.g. model.layers=2."
+)
+
+DEFAULT = (
+  ("chain", "v5e:2x4"),
+  ("chain", "v5e:4x4"),
+  ("chain", "v5e:4x8"),
+  ("chain", "h100:8"),
+  ("chain", "h100:2x8"),
+  ("chain", "h100:4x8"),
+  ("rev_llama 134M", "v5e:2x4"),
+  ("rev_llama 134M", "h100:8"),
+  ("revnet50", "h100:8"),
+  ("revnet50", "v5e:2x4"),
+)
+FORWARD = "forward"  # the row of one stage's pass
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  logging.set_verbosity(logging.ERROR)
+  spmd.use_cpu_devices(1)  # what compiles is not here
+  try:
+    work = jobs()
+  except ValueError as e:
+    sys.exit(f"{type(e).__name__}: {e}")
+  folder = Path(OUT.value)
+  folder.mkdir(parents=True, exist_ok=True)
+  file = folder / "petra_compiled.json"
+  kept = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+  for i, (network, where, row) in enumerate(work):
+    key = f"{network} {where} {row.name}"
+    if kept["rows"].get(key, {}).get("set") == SET.value:
+      continue
+    say(f"[{i + 1}/{len(work)}] {key} ...")
+    began = time.perf_counter()
+    kept["rows"][key] = found = one(network, where, row)
+    say(f"  {summary(found)}, {time.perf_counter() - began:.0f} s")
+    write(file, kept | about())
+  petra_tables.show(folder, list(kept["rows"].values()))
+
+
+def jobs() -> list[tuple[str, str, comparison.Row]]:
+  """(network, topology, row), checked; a forward pass before each group."""
+  from distrain_jax.inspect.topologies import topology
+
+  for name in NETWORKS.value or ():
+    if name not in comparison.NETWORKS:
+      known = ", ".join(comparison.NETWORKS)
+      raise ValueError(f"--network={name}: one of {known}.")
+  chosen = NETWORKS.value or list(comparison.NETWORKS)
+  pairs = [pair for pair in DEFAULT if pair[0] in chosen]
+  if TOPOLOGIES.value:
+    pairs = [(network, t) for t in TOPOLOGIES.value for network in chosen]
+  found = []
+  for network, where in pairs:
+    topology(where)  # whether there is one
+    rows = {r.name: r for r in comparison.rows(network)}
+    first = next(iter(rows.values()))
+    found.append((network, where, first._replace(name=FORWARD)))
+    for name in ROWS.value or rows:
+      if name not in rows:
+        raise ValueError(f"--row={name}: one of {', '.join(rows)}.")
+      found.append((network, where, rows[name]))
+  return found
+
+
+def one(network: str, where: str, row: comparison.Row) -> dict[str, Any]:
+  """Compiles a row; a refusal is an outcome as well."""
+  import jax
+
+  from distrain_jax import data
+  from distrain_jax.inspect.topologies import topology
+
+  found = {"network": network, "hardware": where, "name": row.name}
+  found["set"] = SET.value
+  given = dict(item.split("=", 1) for item in SET.value)
+  given = {k: v if not v.isdecimal() else int(v) for k, v in given.items()}
+  devices = topology(where).devices
+  c = comparison.config(network, row, len(devices), given)
+  sizes = {name: c.model.get(name) for name in ("vocab", "classes")}
+  built = comparison.build(c, data.describe(c.data, **sizes).info, devices)
+  try:
+    if row.name == FORWARD:
+      return found | {"flops": comparison.forward(built).flops}
+    began = time.perf_counter()
+    report = comparison.compile(built)
+    seconds = round(time.perf_counter() - began, 1)
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    return found | {"refused": petra_tables.no_room(str(e))}
+  measured = comparison.measured(built, row, report)
+  return found | measured | {"compile_seconds": seconds}
+
+
+def summary(found: dict[str, Any]) -> str:
+  if "refused" in found:
+    return f"refused: {found['refused']}"
+  if "flops" in found:
+    return f"{found['flops'] / 1e9:.1f} GFLOP forward"
+  return (
+    f"peak {found['peak'] / 1e9:.2f} GB, "
+    f"{found['flops_a_tick'] / 1e9:.1f} GFLOP a tick"
+  )
+
+
+def about() -> dict[str, Any]:
+  versions = {}
+  for name in PACKAGES:
+    try:
+      versions[name] = version(name)
+    except PackageNotFoundError:
+      continue
+  return {"versions": versions}
+
+
+def write(file: Path, kept: dict[str, Any]) -> None:
+  """All of it or nothing, whenever the command is stopped."""
+  fresh = file.with_suffix(".new")
+  fresh.write_text(json.dumps(kept, indent=1) + "\n")
+  os.replace(fresh, file)
+
+
+def say(text: str) -> None:
+  """Progress, beside the result."""
+  print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main)
