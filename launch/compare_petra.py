@@ -7,9 +7,8 @@ r"""PETRA's memory, messages and compute beside its rivals', as compiled.
 Compiles training steps for devices that need not be there, one a stage: the
 rows of launch/comparisons/petra.py, PETRA with what each of its buffers keeps,
 1F1B, GPipe and the synchronous reversible pipeline with 32 micro-batches a step;
-for a reversible Llama of 134M parameters in stages of equal work, for a
-RevNet-50 on ImageNet, and of PETRA alone for a chain of 8, 16 and 32 equal
-stages. No array is made.
+for a chain of 8 equal stages, and two of them of 16 and 32; for a reversible
+Llama of 134M parameters; and for a RevNet-50 on ImageNet. No array is made.
 
 Writes petra_compiled.json after every compile, so that an interrupted command
 goes on where it stopped, and petra_compiled.png; prints tables for README. To
@@ -84,7 +83,7 @@ def main(argv) -> None:
 
 
 def jobs() -> list[tuple[str, str, comparison.Row]]:
-  """(network, topology, row), checked; a forward pass before each group."""
+  """(network, topology, row), checked; a forward pass first, of equal stages."""
   from distrain_jax.inspect.topologies import topology
 
   for name in NETWORKS.value or ():
@@ -97,10 +96,11 @@ def jobs() -> list[tuple[str, str, comparison.Row]]:
     pairs = [(network, t) for t in TOPOLOGIES.value for network in chosen]
   found = []
   for network, where in pairs:
-    topology(where)  # whether there is one
-    rows = {r.name: r for r in comparison.rows(network)}
-    first = next(iter(rows.values()))
-    found.append((network, where, first._replace(name=FORWARD)))
+    count = len(topology(where).devices)
+    rows = {r.name: r for r in comparison.rows(network, count)}
+    if comparison.equal_stages(network):
+      first = next(iter(rows.values()))
+      found.append((network, where, first._replace(name=FORWARD)))
     for name in ROWS.value or rows:
       if name not in rows:
         raise ValueError(f"--row={name}: one of {', '.join(rows)}.")

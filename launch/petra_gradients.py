@@ -26,13 +26,25 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from distrain_jax import data, gradients, models, pipelining, spmd, stages, train
+from distrain_jax import (
+  data,
+  gradients,
+  models,
+  pipelining,
+  spmd,
+  stages,
+  train,
+)
+from distrain_jax.inspect import gradient_quality as drawn
+from distrain_jax.method import Variables
 from distrain_jax.pipelining import quality
 from distrain_jax.pipelining.emulation import Emulation
 from distrain_jax.train import experiment, pipelined, validate
 from distrain_jax.train.flags import parse_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configs/petra/NAME.py")
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "configs/petra/NAME.py"
+)
 DEVICES = flags.DEFINE_integer(
   "devices", 10, "So many are simulated for config.mesh: the stages.", 1
 )
@@ -58,8 +70,6 @@ PRECISIONS = {
   "F in bfloat16, grid 2^-12": ({"dtype": "bfloat16", "grid": GRID}, None),
   "streams in bfloat16": (FULL, "bfloat16"),
 }
-# Okabe and Ito's.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 Found = dict[str, Any]  # what petra_gradients.json holds of a run
 
@@ -128,20 +138,20 @@ def read(c: ConfigDict) -> Problem:
       f"config.method={others}: only buffer='none' without wire_dtype is "
       "measured. Leave both unset."
     )
+  c = c.copy_and_resolve_references()
+  with c.unlocked():
+    c.evaluation.batch_size = (
+      DEVICES.value
+    )  # nothing is evaluated: one that fits
   built = train.build(c)
   info = data.describe(
     c.data, vocab=c.model.get("vocab"), classes=c.model.get("classes")
   ).info
-  model, task = modelled(c, info)
-  example, mesh = experiment.example(info), built.run.mesh
-  cut, told = pipelined.partition(c, model, task, example, mesh)
+  made, example = experiment.program(c, info), experiment.example(info)
+  mesh = built.run.mesh
+  cut, told = pipelined.partition(c, made.model, made.task, example, mesh)
   pieces = (c.method.accumulate or 1) * pipelined.replicas(mesh.shape)
-  return Problem(c, built, info, model, cut, told["inputs"], pieces)
-
-
-def modelled(c: ConfigDict, info: data.Info) -> tuple[Any, models.Task]:
-  made = experiment.program(c, info)
-  return made.model, made.task
+  return Problem(c, built, info, made.model, cut, told["inputs"], pieces)
 
 
 def rates_by_k(p: Problem) -> dict[int, float]:
@@ -204,7 +214,7 @@ def measured(p: Problem, k: int, rate: float, numbered: list[int]):
     sys.exit(f"k = {k}, rate {rate:g}: the loss is {tail}. Lower the rate.")
   found = {"learning_rate": rate, "probes": len(probes), "final_loss": tail}
   params, model_state = emulation.model()
-  model = models.Variables(params, model_state) if model_state else params
+  model = Variables(params, model_state) if model_state else params
   return found | quality.average(probes), model
 
 
@@ -235,7 +245,8 @@ def rounding(p: Problem, model: Any, depths: list[int]) -> dict[str, Any]:
     c = p.config.copy_and_resolve_references()
     with c.unlocked():
       c.model.update(options)
-    blocks = models.parts.blocks(*of_task(*modelled(c, p.info)))
+    made = experiment.program(c, p.info)
+    blocks = models.parts.blocks(made.model, made.task.measure)
     key = p.experiment.key
     found[name] = quality.rounding(
       blocks, model, inputs, key, depths, dtype=dtype
@@ -243,22 +254,19 @@ def rounding(p: Problem, model: Any, depths: list[int]) -> dict[str, Any]:
   return found
 
 
-def of_task(model, task):
-  return model, task.measure
-
-
 def keep(p: Problem, runs, depths, rounded, folder: Path) -> None:
   """The three files; prints the tables."""
   names = [" ".join(b.name for b in stage) for stage in p.cut.stages]
   config = config_flags.get_config_filename(flags.FLAGS["config"])
   title = f"{config}, {len(names)} stages, {STEPS.value} micro-batches"
-  print(f"{title}\n\n{stage_table(names, runs)}\n\n{block_table(runs)}\n")
-  print(rounding_table(depths, rounded))
+  tables = drawn.stage_table(names, runs), drawn.block_table(runs)
+  print(title, *tables, drawn.rounding_table(depths, rounded), sep="\n\n")
   folder.mkdir(parents=True, exist_ok=True)
   kept = {
     "command": command(),
     "versions": {x: version(x) for x in PACKAGES}
     | {"python": platform.python_version()},
+    "device": f"one of {DEVICES.value} simulated CPU devices",
     "config": json.loads(p.config.to_json_best_effort()),
     "stages": names,
     "steps": STEPS.value,
@@ -268,48 +276,20 @@ def keep(p: Problem, runs, depths, rounded, folder: Path) -> None:
   files = [folder / f"petra_{x}" for x in ("gradients.json", "gradients.png")]
   files.append(folder / "petra_rounding.png")
   files[0].write_text(json.dumps(kept, indent=1) + "\n")
-  draw_gradients(names, runs, files[1], title)
-  draw_rounding(depths, rounded, files[2], config)
+  drawn.draw_gradients(names, runs, files[1], title=title)
+  drawn.draw_rounding(depths, rounded, files[2], title=config)
   print("\n" + "\n".join(f"wrote {file}" for file in files))
 
 
-def markdown(headers: list[str], rows: list[list[str]]) -> str:
-  lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def command() -> str:
+  """As given, but for where the files go."""
+  given = [x for x in sys.argv[1:] if not x.startswith("--out")]
+  return " ".join(["python launch/petra_gradients.py", *given])
 
 
-def shown(x: float | None, form: str = ".3f") -> str:
-  return "–" if x is None else format(x, form)
+def say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
 
 
-def stage_table(names: list[str], runs) -> str:
-  """Cosines, and norm ratios behind them, of PETRA and of delayed gradients."""
-  headers = ["cosine (norm ratio)"]
-  for k in runs:
-    headers += [f"PETRA, k = {k}", f"delayed, k = {k}"]
-  rows = []
-  for s, name in enumerate(names):
-    cells = [f"{s}: {name}"]
-    for x, kind in itertools.product(runs.values(), ("", "delayed_")):
-      cosine, ratio = (
-        x[f"{kind}{what}"]["mean"][s] for what in ("cosine", "norm_ratio")
-      )
-      cells.append(f"{shown(cosine)} ({shown(ratio, '.2f')})")
-    rows.append(cells)
-  return markdown(headers, rows)
-
-
-def block_table(runs) -> str:
-  headers = ["error of the reconstructed input", *(f"k = {k}" for k in runs)]
-  blocks = next(iter(runs.values()))["reconstruction"]
-  rows = [
-    [b, *(shown(x["reconstruction"][b]["mean"], ".2e") for x in runs.values())]
-    for b in blocks
-  ]
-  return markdown(headers, rows)
-
-
-def rounding_table(depths: list[int], rounded) -> str:
-  headers = ["error of the inversion after", *map(str, depths)]
-  rows = [[k, *(shown(e, ".1e") for e in x)] for k, x in rounded.items()]
-  return markdown(headers, rows)
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse_flags)

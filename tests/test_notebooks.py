@@ -110,3 +110,34 @@ def test_sdp_shows_what_its_text_says(outputs):
   assert kept < more and flops == 1 and sent > 1
   assert small < 0.8 and less == pytest.approx(0.5, abs=0.02) and fewer < 0.5
   assert "8 device(s)" in text
+
+
+def test_petra_shows_what_its_text_says(outputs):
+  text, pictures = outputs("petra")
+  number = lambda pattern: float(re.search(pattern, text)[1])
+  assert pictures == 2
+  assert text.count("its input comes back to") == 6
+  # First gradients after 2 (J - 1) - s ticks; a drain has them all.
+  for tick, seen in ((2, "0, 0, 0, 0"), (3, "0, 0, 0, 1"), (6, "1, 2, 3, 4")):
+    assert re.search(rf"\n +{tick} +\[{seen}\] ", text)
+  assert "after it                    [10, 10, 10, 10]" in text
+  assert number(r"update of the pipeline: (\S+) apart") < 1e-6
+  # Behind the exact gradient, least where parameters move least.
+  loss = lambda run: number(rf"\n{run}:  training loss (\S+)")
+  gaps = [
+    loss(f"petra    {how}") / loss(f"pipeline {how}")
+    for how in ("k = 1, rate 0.02", "k = 4, rate 0.02", "k = 4, rate 0.08")
+  ]
+  assert 1 < gaps[1] < 2.5 and min(gaps[0], gaps[2]) > 2.5
+  assert number(r"petra, once full +(\S+) per micro-batch") == 4
+  assert number(r"pipeline, M = 4 +(\S+) per micro-batch") == 3 * (1 + 3 / 4)
+  # MB: kept by four stages, room for it, all
+  row = lambda name: re.search(rf"\n{name}((?: +\d+){{6}})\n", text)[1].split()
+  chain, one, none = (
+    list(map(int, row(f"{name} +none")))
+    for name in ("reversible", "block_2 is not", "none is")
+  )
+  assert chain[1:4] == [0, 0, 0] and one[2:4] == [0, 0] and one[1] > 100
+  assert one[4] == pytest.approx(6 / 4 * one[1], abs=1)
+  assert none == list(map(int, row("reversible +input")))
+  assert "2 pipeline(s) of 4 stage(s), 8 device(s)" in text

@@ -26,4 +26,5 @@ def get_config(arg: str | None = None):
     c.optimizer.nesterov = True
     c.optimizer.learning_rate = 0.05
     c.optimizer.weight_decay = 5e-4
+    c.evaluation.batch_size = 400  # a multiple of 10 and 8
   return c

@@ -23,6 +23,7 @@ from distrain_jax import gradients
 from distrain_jax.method import Method, Variables
 from distrain_jax.pipelining import plan as plans
 from distrain_jax.pipelining.engine import Engine, Passes
+from distrain_jax.pipelining.fifo import Fifo
 from distrain_jax.pipelining.optimizer import Optimizer, Transforms
 from distrain_jax.pipelining.packing import Packed
 from distrain_jax.pipelining.reading import Reading
@@ -130,7 +131,7 @@ def pipeline(
       grads, model_state, flight = carry
       number = jnp.where(i < m, state.step * m + i, -1)
       flight, back, passes = engine.tick(
-        state.params, model_state, flight, at(micro, i), number, key
+        state.params, model_state, flight, at(micro, i), number, key, m
       )
       grads = jax.tree.map(jnp.add, grads, back.grads)
       return (grads, back.model_state, flight), (passes, back.loss, back.aux)
@@ -154,7 +155,7 @@ def pipeline(
       sent, entry, stats = engine.forward(
         state.params, model_state, at(micro, i), up, number(mine), key
       )
-      fifo = engine.push(fifo, entry, mine % m, number(mine) >= 0)
+      fifo = queue.push(fifo, entry, mine, engine.stage(), number(mine) >= 0)
       model_state = stats if plan.mode.graph else model_state
       return (model_state, engine.send_up(sent), fifo), number(mine)
 
@@ -162,7 +163,7 @@ def pipeline(
       grads, model_state, down, fifo = carry
       down = engine.send_down(down)
       mine = i - (plan.count - 1 - engine.stage())
-      fifo, entry = engine.pop(fifo, mine % m)
+      fifo, entry = queue.pop(fifo, mine, engine.stage())
       back = engine.backward(
         state.params,
         model_state,
@@ -177,9 +178,10 @@ def pipeline(
       out = number(mine), back.loss, back.aux
       return (grads, back.model_state, back.down, fifo), out
 
-    empty, fifo = engine.nothing_in_flight(1), engine.fifo(m)
+    empty = engine.nothing_in_flight(1)
+    queue = Fifo(plan.entries, (m,) * plan.count)
     ticks = jnp.arange(m + plan.count - 1)
-    start = state.model_state, empty.up, fifo
+    start = state.model_state, empty.up, queue.empty()
     (model_state, _, fifo), up = jax.lax.scan(forward, start, ticks)
     start = plan.params.zeros(), model_state, empty.down, fifo
     out = jax.lax.scan(backward, start, ticks)

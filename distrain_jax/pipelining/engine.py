@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from distrain_jax.pipelining import plan as plans
-from distrain_jax.pipelining.packing import LANES, Packed
+from distrain_jax.pipelining.fifo import Fifo
+from distrain_jax.pipelining.packing import Packed
 from distrain_jax.pipelining.plan import Plan
 
 
@@ -253,7 +254,14 @@ class Engine(NamedTuple):
     return y, dy, grads[::-1], new[::-1]
 
   def tick(
-    self, params, model_state, flight: Flight, batch, number, key
+    self,
+    params,
+    model_state,
+    flight: Flight,
+    batch,
+    number,
+    key,
+    most: int | None = None,
   ) -> tuple[Flight, Backward, Passes]:
     """One pass forward, and one back of an older micro-batch.
 
@@ -266,6 +274,7 @@ class Engine(NamedTuple):
       batch: (inputs, targets) of the micro-batch that enters.
       number: () int32, its number; -1: none enters.
       key: the run's.
+      most: as for `fifo`.
 
     Returns:
       (flight, what came back, of which micro-batches). The second's model_state
@@ -276,41 +285,45 @@ class Engine(NamedTuple):
     entered = jnp.append(number, flight.entered[:-1])
     last = self.plan.count - 1
     passes = Passes(entered[self.stage()], entered[2 * last - self.stage()])
-    rows = self._own_rows(flight.fifo)
-    fifo, entry = self.pop(flight.fifo, passes.backward % rows)
+    queue, me = self.fifo(most), self.stage()
+    fifo, entry = queue.pop(flight.fifo, passes.backward, me)
     sent, new_entry, stats = self.forward(
       params, model_state, batch, flight.up, passes.forward, key
     )
-    fifo = self.push(
-      fifo, new_entry, passes.forward % rows, passes.forward >= 0
-    )
+    fifo = queue.push(fifo, new_entry, passes.forward, me, passes.forward >= 0)
     up = self.send_up(sent)
     if self.plan.mode.graph:
       model_state = stats
     back = self.backward(
       params, model_state, entry, batch, flight.up, down, passes.backward, key
     )
+    # Else XLA for GPU may move the message up to the next tick's beginning,
+    # where nothing is beside it.
+    up, back = jax.lax.optimization_barrier((up, back))
     return Flight(up, back.down, fifo, entered), back, passes
 
   def nothing_in_flight(self, most: int | None = None) -> Flight:
-    """As before the first tick; `most` micro-batches will be in flight."""
+    """As before the first tick; `most` as for `fifo`."""
     plan = self.plan
-    rows = self._rows(plan.delay(0) if most is None else most)
     return Flight(
       up=plan.boundaries.zeros(),
       down=plan.returns.zeros(),
-      fifo=self.fifo(max(rows)),
+      fifo=self.fifo(most).empty(),
       entered=jnp.full(2 * plan.count - 1, -1, jnp.int32),
     )
 
-  def _rows(self, most: int) -> list[int]:
-    """How many entries each stage has at once: taken out before put in."""
-    delays = map(self.plan.delay, range(self.plan.count))
-    return [min(max(delay, 1), max(most, 1)) for delay in delays]
+  def fifo(self, most: int | None = None) -> Fifo:
+    """Where entries lie: as many as there are ticks between the two passes.
 
-  def _own_rows(self, fifo: Packed) -> jax.Array:
-    longest = max((x.shape[0] for x in jax.tree.leaves(fifo)), default=1)
-    return jnp.asarray(self._rows(longest))[self.stage()]
+    Args:
+      most: micro-batches that are in flight at most; None: that is no limit.
+    """
+    delays = map(self.plan.delay, range(self.plan.count))
+    rows = (max(delay, 1) for delay in delays)  # taken out before put in
+    return Fifo(
+      self.plan.entries,
+      tuple(n if most is None else min(n, most) for n in rows),
+    )
 
   def send_up(self, content: Packed) -> Packed:
     return self._shift(content, 1)
@@ -334,43 +347,3 @@ class Engine(NamedTuple):
     pairs = [(s, (s + by) % count) for s in range(count)]
     got = jax.lax.ppermute(sent, self.axis, pairs)
     return jax.tree.map(lambda x, like: cast(x, like.dtype), got, content)
-
-  def fifo(self, rows: int) -> Packed:
-    """An empty one: the entries' buffers with a leading axis of rows.
-
-    Flat ones are cut into lanes, or XLA for TPU would tile the rows together,
-    and copy all of them to do so.
-    """
-
-    def one(x):
-      flat = x.ndim == 1 and x.size % LANES == 0
-      shape = (x.size // LANES, LANES) if flat else x.shape
-      return jnp.zeros((rows, *shape), x.dtype)
-
-    return jax.tree.map(one, self.plan.entries.zeros())
-
-  def pop(self, fifo: Packed, row: jax.Array) -> tuple[Packed, Packed]:
-    """(the FIFO, a row of it), read before anything is written.
-
-    Else XLA may read it late, and keep a copy of the whole FIFO for that.
-    """
-    entry = jax.tree.map(
-      lambda x, like: _row(x, row).reshape(like.shape),
-      fifo,
-      self.plan.entries.zeros(),
-    )
-    return jax.lax.optimization_barrier((fifo, entry))
-
-  def push(self, fifo: Packed, entry: Packed, row, valid) -> Packed:
-    """The entry in a row, unless it is not valid."""
-
-    def one(x, new):
-      old = _row(x, row)
-      new = jnp.where(valid, new.reshape(old.shape), old)
-      return jax.lax.dynamic_update_index_in_dim(x, new, row, 0)
-
-    return jax.tree.map(one, fifo, entry)
-
-
-def _row(x, row):
-  return jax.lax.dynamic_index_in_dim(x, row, keepdims=False)

@@ -77,6 +77,14 @@ class Packing(NamedTuple):
       out.append(part.treedef.unflatten(leaves))
     return out
 
+  def columns_of(self, worker: int) -> dict[str, int]:
+    """Of the flat buffers, how much a worker needs, by dtype."""
+    columns: dict[str, int] = {}
+    for part in self.parts[worker] or ():
+      for shape, dtype in part.shapes if part.alike is None else ():
+        columns[dtype] = columns.get(dtype, 0) + int(np.prod(shape))
+    return columns
+
   def padding(self) -> tuple[int, ...]:
     """Bytes of each worker's flat buffers that it has no use for."""
     total = sum(n * np.dtype(d).itemsize for d, n in self.columns.items())

@@ -109,6 +109,15 @@ def average(probes: Iterable[Probe]) -> dict[str, Any]:
   }
 
 
+def longest_reversible(blocks: Sequence[Block]) -> list[Block]:
+  """The longest run of neighbouring reversible blocks, of equals the first."""
+  runs = itertools.groupby(blocks, lambda b: b.inverse is not None)
+  found = [list(run) for reversible, run in runs if reversible]
+  if not found:
+    raise ValueError("quality.rounding: no block is reversible.")
+  return max(found, key=len)
+
+
 def rounding(
   blocks: Sequence[Block],
   model: Any,
@@ -135,16 +144,7 @@ def rounding(
   Raises:
     ValueError: if no block is reversible, or the run changes shapes.
   """
-  runs = [
-    list(run)
-    for reverses, run in itertools.groupby(
-      stages.check_blocks(blocks), lambda b: b.inverse is not None
-    )
-    if reverses
-  ]
-  if not runs:
-    raise ValueError("quality.rounding: no block is reversible.")
-  run, codes = max(runs, key=len), emulations.alike(blocks)
+  run, codes = longest_reversible(blocks), emulations.alike(blocks)
   given = stages.parts(model)
 
   def rounded(x):  # op by op: compiled, XLA may leave the rounding out

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from distrain_jax import inspect
 from distrain_jax.pipelining import plan as plans
 from distrain_jax.pipelining.engine import Engine
+from distrain_jax.pipelining.fifo import Fifo
 from distrain_jax.pipelining.plan import Plan
 from distrain_jax.train import default_config, experiment, model_config
 from distrain_jax.train import pipelined as pipelines
@@ -64,8 +65,8 @@ class Row(NamedTuple):
   micro: int  # micro-batches a step
 
 
-def rows(network: str) -> list[Row]:
-  """Every row for a network; of a chain that grows, PETRA alone."""
+def rows(network: str, count: int) -> list[Row]:
+  """Every row for a network on J devices; of a longer chain only two."""
   m = MICRO_BATCHES
 
   def petra(name, k=1, **options):
@@ -74,19 +75,24 @@ def rows(network: str) -> list[Row]:
   def synchronous(name, **options):
     return Row(name, {"name": "pipeline", **options}, m)
 
-  alone = [petra("PETRA")]
-  if NETWORKS[network].deep is not None:
-    return alone
-  return alone + [
-    petra(f"PETRA, k={m}", m),
-    petra("inputs kept", buffer="input"),
+  two = [petra("PETRA"), petra("inputs kept", buffer="input")]
+  if equal_stages(network) and count > 8:
+    return two
+  return [
+    *two,
     petra("inputs, parameters kept", buffer="input_params"),
     petra("graphs kept", buffer="graph"),
+    petra(f"PETRA, k={m}", m),
     synchronous("1F1B, inputs kept", buffer="input"),
     synchronous("1F1B, graphs kept", buffer="graph"),
     synchronous("GPipe, inputs kept", buffer="input", schedule="gpipe"),
     synchronous("1F1B, reversible", buffer="none"),
   ]
+
+
+def equal_stages(network: str) -> bool:
+  """Whether a pass forward costs the same on any stage, roughly."""
+  return NETWORKS[network].deep is not None
 
 
 def config(
@@ -156,7 +162,7 @@ def compile(built: Compiled) -> inspect.Report:
 
 
 def forward(built: Compiled) -> inspect.Report:
-  """A pass forward of the heaviest stage but the last, and nothing else."""
+  """A pass forward of a stage and nothing else, of a network of equal ones."""
   plan = built.plan
   stage = int(np.argmax(built.cut.flops[:-1]))
   mesh = built.program.run.mesh
@@ -192,7 +198,9 @@ def measured(
     most = row.micro
     flight = jax.eval_shape(lambda: engine.nothing_in_flight(most))
     gpipe = row.method.get("schedule") == "gpipe"
-    fifo = jax.eval_shape(lambda: engine.fifo(most)) if gpipe else flight.fifo
+    fifo = flight.fifo
+    if gpipe:
+      fifo = jax.eval_shape(Fifo(plan.entries, (most,) * plan.count).empty)
   model = ("params", "model_state", "opt_state", "grads")
   held = inspect.bytes_held
   parts = {

@@ -36,7 +36,7 @@ def groups(rows: Sequence[Found]) -> dict[tuple[str, str], list[Found]]:
     x = {"forward": forward.get(place, 0.0), **x}
     if x["network"] == "chain":
       chip = x["hardware"].split(":")[0]
-      x["label"] = f"PETRA, {x.get('stages', '?')} stages, {x['hardware']}"
+      x["label"] = f"{x['name']}, {x['hardware']}"
       found.setdefault(("chain", chip), []).append(x)
     else:
       x["label"] = x["name"]
@@ -52,12 +52,12 @@ def markdown(rows: Sequence[Found]) -> str:
       empty = [""] * (len(HEADERS) - 1)
       lines.append((x["label"], f"refused: {x['refused']}", *empty))
       continue
-    forwards = x["flops_a_tick"] / x["forward"] if x["forward"] else 0.0
     cells = [bytes_text(x["peak"])]
     cells += [bytes_text(size) for size in x["parts"].values()]
     for field in ("communication_seconds", "exposed_seconds"):
       cells.append(f"{x[field] / x['micro'] * 1e3:.3f} ms")
-    cells += [f"{x['flops_a_tick'] / 1e9:.1f}", f"{forwards:.2f}"]
+    gflop, once = x["flops_a_tick"] / 1e9, x["forward"] / 1e9
+    cells += [f"{gflop:.1f}", f"{gflop / once:.2f}" if once else ""]
     lines.append((x["label"], *cells))
   return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -97,14 +97,11 @@ def save(found: dict[tuple[str, str], list[Found]], path: Path) -> bool:
   shown = {k: v for k, v in shown.items() if v}
   if not shown:
     return False
-  most = [max(map(len, list(shown.values())[i::2])) for i in (0, 1)[: len(shown)]]
-  lines = -(-len(shown) // 2)
-  size = (15, 1.2 + lines * (1.2 + 0.32 * max(most)))
+  heights = [1.5 + len(rows) for rows in shown.values()]
+  size = (11, 1 + 0.4 * sum(heights))
   figure = Figure(figsize=size, layout="constrained")
   FigureCanvasAgg(figure)
-  panels = figure.subplots(lines, 2, squeeze=False)
-  for axes in panels.flat[len(shown) :]:
-    axes.set_axis_off()
+  panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)
   for axes, ((network, where), mine) in zip(panels.flat, shown.items()):
     _panel(axes, mine)
     axes.set_title(f"{network} on {where}", fontsize=10)
@@ -120,7 +117,7 @@ def _panel(axes, rows: Sequence[Found]) -> None:
   names = [x["label"] for x in rows]
   left = [0.0] * len(rows)
   for part, colour in PARTS.items():
-    # What the compiler saves by reuse is no part: shown as nothing.
+    # Below 0 where the compiler puts one part in another's place.
     width = [max(x["parts"][part], 0) / 2**30 for x in rows]
     axes.barh(names, width, left=left, color=colour, label=part)
     left = [a + b for a, b in zip(left, width)]

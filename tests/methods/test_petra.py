@@ -58,6 +58,7 @@ def a_run(
   accumulate=1,
   buffer="none",
   wire_dtype=None,
+  delay_exponent=0.0,
   on_mesh=False,
   one_stage=False,
   drops=False,
@@ -67,6 +68,7 @@ def a_run(
     ("accumulate", accumulate),
     ("buffer", buffer),
     ("wire_dtype", wire_dtype),
+    ("delay_exponent", delay_exponent),
   )
   return _made(tx, options, on_mesh, one_stage, drops)
 
@@ -434,3 +436,46 @@ def test_messages_in_fewer_bits_cost_some_accuracy():
     state, _ = steps(run, run.init(KEY, model), x, y, nets.ROWS)
     results.append(run.params(run.drain(state, KEY)).params)
   assert 1e-5 < distance(*results) < 0.1
+
+
+def test_updates_are_divided_by_a_power_of_the_delay():
+  x, y = nets.batches(1)
+  moved = []
+  for exponent in (0.0, 0.5):
+    run, model, blocks = a_run(optax.sgd(0.1), delay_exponent=exponent)
+    state, _ = steps(run, run.init(KEY, model), x, y, nets.ROWS)
+    params = run.params(run.drain(state, KEY)).params
+    moved.append(jax.tree.map(jnp.subtract, params, model.params))
+  for s, block in enumerate(blocks):
+    factor = (1 + 2 * (len(blocks) - 1 - s)) ** -0.5
+    expected = jax.tree.map(lambda a, f=factor: f * a, moved[0][block.name])
+    close(moved[1][block.name], expected, 1e-5)
+
+
+def test_the_same_functions_run_under_pmap():
+  run, model, blocks = a_run(accumulate=2)
+  method, count = run.method, len(blocks)
+  x, y = nets.batches(6)
+  state = run.init(KEY, model)
+  spread = lambda spec, tree: jax.tree.map(
+    lambda a: a if spec else jnp.broadcast_to(a, (count, *a.shape)), tree
+  )
+  each = spmd.map_specs(spread, method.specs, state)
+  step = jax.pmap(
+    method.step,
+    axis_name="stage",
+    in_axes=(0, None, None),
+    devices=jax.devices()[:count],
+  )
+  for start in range(0, len(x), 2 * nets.ROWS):
+    rows = slice(start, start + 2 * nets.ROWS)
+    each, metrics = step(each, (x[rows], y[rows]), KEY)
+    state, expected = run.step(state, (x[rows], y[rows]), KEY)
+  close({k: v[0] for k, v in metrics.items()}, expected)
+  close(each.params, state.params)
+  close(
+    each.flight,
+    state.flight._replace(
+      entered=np.broadcast_to(state.flight.entered, each.flight.entered.shape)
+    ),
+  )
