@@ -1,6 +1,6 @@
 r"""PETRA's memory, messages and compute beside its rivals', as compiled.
 
-  python launch/compare_petra.py                                 # an hour
+  python launch/compare_petra.py                               # two hours
   python launch/compare_petra.py --network='rev_llama 134M' \
     --topology=h100:8 --row=PETRA --row='1F1B, inputs kept'
 

@@ -50,10 +50,10 @@ def test_what_is_read_off_each_program(ran, folder):
   stream = 4 * 96 * 128
   sizes = {m["up"]: m["bytes"] for m in petra["messages"]}
   assert sizes == {True: 2 * stream + 4 * 96, False: 4 * stream}
-  # 14 rows: the embedding's tokens, in a tile; and the streams of a block.
-  tile = 4 * 1024
-  assert petra["parts"]["FIFO"] == 14 * tile
-  assert rival["parts"]["FIFO"] == 14 * (2 * stream + tile)
+  # 14 rows of the embedding's tokens, in a tile; 12 of the next one's streams.
+  tokens = 14 * 4 * 1024
+  assert petra["parts"]["FIFO"] == tokens
+  assert rival["parts"]["FIFO"] == tokens + 12 * 2 * stream
   assert petra["parts"]["model"] == rival["parts"]["model"]
   assert rival["ticks"] == 32 + 2 * 7
 

@@ -194,14 +194,26 @@ def name(request):
   return request.param
 
 
-# Every optimizer on one device; on a mesh, the one with most state.
+# On one device; on a mesh, the optimizer with most state.
 STARTS = [("simulate", optimizer) for optimizer in OPTIMIZERS]
 STARTS += [("distribute", "adamw")]
 
 
-@pytest.fixture(params=STARTS, ids="-".join)
-def started(request, cases, name):
-  runner, optimizer = request.param
+# Where an optimizer is applied in a way of its own; others share one of these.
+EVERY_OPTIMIZER = ("ddp", "zero1", "acco_low", "sdp_low")
+
+
+STARTED = [
+  (name, *start)
+  for name in (*METHODS, *SUBNETWORKS)
+  for start in STARTS
+  if start[1] == "adamw" or name in EVERY_OPTIMIZER
+]
+
+
+@pytest.fixture(params=STARTED, ids="-".join)
+def started(request, cases):
+  name, runner, optimizer = request.param
   return cases(name, optimizer, runner)
 
 

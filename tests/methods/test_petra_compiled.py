@@ -180,8 +180,8 @@ def test_memory_does_not_grow_with_accumulation(topology):
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_memory_of_synchronous_pipelines_grows_with_micro_batches(schedule):
   options = {"method": "pipeline", "schedule": schedule}
-  four, eight = (small("h100:8", k=k, **options) for k in (4, 8))
-  grown = without_batch(eight) - without_batch(four)
+  eight, twelve = (small("h100:8", k=k, **options) for k in (8, 12))
+  grown = without_batch(twelve) - without_batch(eight)
   assert grown >= 0.98 * 4 * 2 * STREAM
 
 

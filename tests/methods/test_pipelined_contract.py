@@ -132,7 +132,7 @@ def test_a_step_donates_its_state_but_nothing_of_the_callers(name):
   assert not any(x.is_deleted() for x in jax.tree.leaves((model, read)))
 
 
-@by_name
+@pytest.mark.parametrize("name", ["petra", "pipeline"])
 def test_what_is_declared_replicated_is_equal_on_all_workers(name):
   method, _ = make(name)
   saved = started(name)[2]
