@@ -11,6 +11,7 @@ for README.
 
 import importlib
 import json
+import math
 import platform
 import statistics
 import sys
@@ -37,6 +38,7 @@ ROWS = flags.DEFINE_multi_string("row", None, "One of them; unset: all.")
 WORKERS = 8
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PROGRAMS = ("run", "evaluate", "evaluate_members")  # of an experiment
+LEGEND = 15  # rows that a legend has room for
 SMOOTH = 0.05  # of a curve's length: how far the training loss is averaged
 
 Found = dict[str, Any]  # what METHOD.json holds
@@ -116,7 +118,7 @@ def one(
   check_same(c, folder)
   lines = train.read_metrics(folder)
   if not any("test_loss" in x and x["step"] == c.steps for x in lines):
-    experiment = train.build(c)
+    experiment = train.build(c, used(c))
     if row in built:  # the same programs: a seed changes only values
       programs = {f: getattr(built[row], f) for f in PROGRAMS}
       experiment = experiment._replace(**programs)
@@ -124,6 +126,14 @@ def one(
     train.train(experiment, folder, label=f"{row}, seed {seed}")
     lines = train.read_metrics(folder)
   return lines
+
+
+def used(c: ConfigDict) -> list[Any] | None:
+  """Devices of a row that takes fewer than there are; None: all."""
+  import jax
+
+  sizes = [size for _, size in c.mesh.items()]
+  return None if -1 in sizes else jax.devices()[: math.prod(sizes)]
 
 
 def check_same(c: ConfigDict, folder: Path) -> None:
@@ -234,7 +244,8 @@ def draw(
   left.set(xlabel="update", title=f"training loss, {table.UNIT}")
   left.set_ylim(top=settled(runs.values()))
   left.grid(alpha=0.3)
-  left.legend(frameon=False, fontsize=7, labelspacing=0.2)
+  if len(runs) <= LEGEND:  # else the names on the right have the colours
+    left.legend(frameon=False, fontsize=7, labelspacing=0.2)
   for i, x in enumerate(found["rows"].values()):
     above = x["percent_above"]
     mean = statistics.fmean(above)

@@ -20,12 +20,12 @@ SHELL = [
 
 
 def test_the_readme_has_the_examples_that_are_tested_here():
-  assert len(PYTHON) == 5
+  assert len(PYTHON) == 6
   assert [c for c in SHELL if "configs/digits.py" in c and "local" not in c]
 
 
 @pytest.mark.parametrize(
-  "code", PYTHON, ids=["notebook", "library", "acco", "sdp", "inspect"]
+  "code", PYTHON, ids=["notebook", "library", "acco", "sdp", "petra", "inspect"]
 )
 def test_python_examples_run(code):
   names = {}

@@ -138,7 +138,8 @@ def _lower_run(run, arguments, topology, compiler_options):
   one = jax.tree.map(lambda x: _moved(x, mesh), one)
   places = shardings.like_params(state, run.method.specs, one, mesh, axis)
   state = jax.tree.map(_placed, state, places)
-  rows = NamedSharding(mesh, P(axis))
+  spec = P(axis) if run.method.rows is None else run.method.rows
+  rows = NamedSharding(mesh, spec)
   batch = jax.tree.map(lambda x: _placed(x, rows), batch)
   key = jax.tree.map(lambda x: _placed(x, NamedSharding(mesh, P())), key)
   arguments = (state, batch, key)

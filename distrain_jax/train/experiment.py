@@ -39,20 +39,21 @@ class Experiment(NamedTuple):
   evaluate_members: Callable[[Any, str], Mapping[str, float]] | None = None
 
 
-def build(c: ConfigDict) -> Experiment:
+def build(c: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
   """Checks a config and builds its experiment; compiles nothing.
 
   Args:
     c: `default_config()` with data, model and whatever else is changed.
+    devices: of the mesh; None: all there are.
 
   Raises:
     ValueError: for a field that cannot work, by name.
     FileNotFoundError: if data or config.initial_params is missing, with the
       command that gets it.
   """
-  _checked_mesh(c)  # before any data is read
+  _checked_mesh(c, devices)  # before any data is read
   dataset = data.load(c.data)
-  _, run, params, *_ = built = program(c, dataset.info)
+  _, run, params, *_ = built = program(c, dataset.info, devices)
   if c.initial_params:
     params = _given(c, built)
 

@@ -2,10 +2,12 @@
 
 Python's standard library, byte by byte; a reversible decoder of four layers on
 eight stages; 960 micro-batches of 4 rows of 64 bytes, four of them an update.
-Back-propagation is the synchronous reversible pipeline on the same stages.
+Back-propagation is on one device.
 Each optimizer's rate is the best of itself, its half and its quarter for
 back-propagation.
 """
+
+from ml_collections import ConfigDict
 
 from configs.petra import text
 
@@ -14,6 +16,7 @@ TITLE = (
 )
 METRIC = "validation_loss"
 FOLLOWS = (
+  "mesh",
   "optimizer.learning_rate",
   "optimizer.name",
   "optimizer.weight_decay",
@@ -31,7 +34,7 @@ OPTIMIZERS = {
     "weight_decay": 0.0,
   },
 }
-BACK = {"name": "pipeline", "buffer": "none"}
+BACK = {"name": "ddp"}
 PETRA = {"name": "petra"}
 ROWS = {
   "back-propagation, adamw": BACK,
@@ -62,4 +65,6 @@ def config(row: str):
     c.evaluation.every = 0
     c.checkpoint.every = 0
     c.method.update(ROWS[row], accumulate=K)
+    if c.method.name == "ddp":
+      c.mesh = ConfigDict({"data": 1})
   return c
