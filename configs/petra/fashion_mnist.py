@@ -3,9 +3,12 @@ r"""PETRA on Fashion-MNIST: a narrow RevNet-18, one block a stage.
   python launch/train.py --config=configs/petra/fashion_mnist.py \
     --workdir=runs/petra --devices=10
 
-177,594 parameters. The ten stages of the paper, an eighth of its channels; its optimizer (SGD,
-Nesterov's momentum 0.9, decay of matrices and kernels) and its learning rate of
-0.1 for 256 images an update. The data as for configs/fashion_mnist.py.
+177,594 parameters. The ten stages of the paper, an eighth of its channels; its
+optimizer (SGD, Nesterov's momentum 0.9, decay of matrices and kernels) and its
+learning rate of 0.1 for 256 images an update. The data as for
+configs/fashion_mnist.py.
+
+Not run to the end; `launch/reproduce.py petra` trains half an epoch of it.
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,8 @@ r"""PETRA on text: a reversible decoder on four stages.
 803,968 parameters as configs/text.py's Llama; attention and feed-forward parts
 are couplings of two streams. AdamW suffers from delays more than SGD: its rate
 is half of configs/text.py's.
+
+Not run to the end; `launch/reproduce.py petra_text` trains a smaller one.
 """
 
 from ml_collections import ConfigDict

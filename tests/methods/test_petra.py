@@ -457,7 +457,7 @@ def test_the_same_functions_run_under_pmap():
   spread = lambda spec, tree: jax.tree.map(
     lambda a: a if spec else jnp.broadcast_to(a, (count, *a.shape)), tree
   )
-  each = spmd.map_specs(spread, method.specs, state)
+  each = jax.device_get(spmd.map_specs(spread, method.specs, state))
   step = jax.pmap(
     method.step,
     axis_name="stage",
@@ -476,3 +476,20 @@ def test_the_same_functions_run_under_pmap():
       entered=np.broadcast_to(state.flight.entered, each.flight.entered.shape)
     ),
   )
+
+
+def test_another_axis_of_the_mesh_stays_automatic():
+  blocks, params, state = nets.make("rr", stats=True)
+  model = Variables(params, state)
+  method = dj.petra(
+    blocks, SGD, shapes=model, example=nets.batches(1), accumulate=2
+  )
+  x, y = nets.batches(6)
+  results = []
+  for run in (
+    dj.simulate(method, workers=4),
+    dj.distribute(method, stage_mesh(4, tensor=2)),
+  ):
+    state, _ = steps(run, run.init(KEY, model), x, y, 2 * nets.ROWS)
+    results.append(jax.device_get(run.params(state)))
+  close(*results)
