@@ -403,9 +403,9 @@ for name, found in memories.items():
 # * **Where it does not**: a block that is not reversible keeps a queue of its inputs,
 #   $2(J - 1 - s)$ micro-batches long, whatever `buffer` is; in a ResNet those are most
 #   of what is left. Where no block is reversible, PETRA holds what `"input"` holds.
-# * **All devices run one program**, and each has room for what the largest stage holds:
-#   stage 1 alone has a queue for `block_2`, four micro-batches long, and all four
-#   devices have room for one of six. One such block costs as much as one on each stage.
+# * **All devices run one program**, and each has room for the longest of the queues:
+#   stage 1 alone has one for `block_2`, four micro-batches long, and all four devices
+#   have room for it. One such block costs as much as one on each later stage.
 # * **Not in the table**: the optimizer (`stage_memory(tx=...)` adds it), and what a
 #   pass needs while it runs, for one micro-batch and one block at a time.
 #

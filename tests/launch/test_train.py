@@ -108,7 +108,7 @@ MESSAGES = {
   "evaluation": "--config.evaluation.batch_size=104",
   "method": (
     "Did you mean 'zero1'? It is one of acco, ddp, diloco, dpu, fsdp, "
-    "local_sgd, sdp, weight_prediction, zero1."
+    "local_sgd, petra, pipeline, sdp, weight_prediction, zero1."
   ),
   "option": "config.method.wire_dtype='bfloat16', but ddp has no such option",
   "dtype": "config.method.param_dtype='bf16'. Did you mean 'bfloat16'?",
