@@ -174,7 +174,7 @@ def bp_gradient(batch=0):
 
 
 # The others are the oracle's at any rate, by the same formula.
-@pytest.mark.parametrize("buffer", ["none", "params", "graph"])
+@pytest.mark.parametrize("buffer", ["none", "graph"])
 def test_without_learning_the_gradient_is_back_propagations(buffer):
   run, model, _ = a_run(RECORDER, buffer=buffer)
   x, y = nets.batches(1)
