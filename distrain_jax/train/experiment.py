@@ -57,16 +57,15 @@ def build(c: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
   if c.initial_params:
     params = _given(c, built)
 
-  def batches_of(rows):
-    return lambda: data.train_iterator(
+  def batches():
+    return data.train_iterator(
       dataset.train,
       batch_size=c.batch_size,
       seed=c.seed,
       augment=dataset.augment,
-      **rows,
+      **placement.step_rows(run.method, run.mesh),
     )
 
-  batches = batches_of(placement.step_rows(run.method, run.mesh))
   rows = placement.process_rows(run.mesh, run.method.axis)
   scored = built.run, built.task, built.model, dataset, rows
   return Experiment(
@@ -75,7 +74,7 @@ def build(c: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
     key=jax.random.fold_in(jax.random.key(c.seed), 1),
     params=params,
     batches=batches,
-    evaluate=scores.of_model(c, *scored, batches_of(rows)),
+    evaluate=scores.of_model(c, *scored, batches),
     evaluate_members=scores.of_members(c, *scored),
   )
 

@@ -39,7 +39,7 @@ def recalibrator(
 
   Args:
     run: whose mesh the batches are spread over. `batches` are this process's
-      rows among the workers; the statistics are those of the rows of all processes.
+      rows of a step's; the statistics are those of the rows of all processes.
     model: a Linen module, `apply(variables, x, train=True)`, whose statistics
       are float arrays in the collection `batch_stats`, and follow each batch as
       `m * old + (1 - m) * new` for some m.
@@ -69,7 +69,7 @@ def recalibrator(
       pooled = zeros(given)
       for batch in batches:
         jax.block_until_ready(pooled)  # one program in flight at a time
-        pooled = add(variables, seen, pooled, run.spread(batch))
+        pooled = add(variables, seen, pooled, run.put(batch))
         seen += 1
     if not seen:
       raise ValueError(
