@@ -5,7 +5,7 @@ that has nothing to do in a tick takes one that does nothing. Under `vmap` all
 branches run for all stages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +85,7 @@ class Engine(NamedTuple):
     active: jax.Array | None = None,
     idle: Callable[[Any], Any] = lambda zeros: zeros,
     by_place: bool = False,
+    also: Sequence[Any] = (),
   ) -> Any:
     """branch(a stage of this worker's kind), compiled once for each kind.
 
@@ -94,9 +95,12 @@ class Engine(NamedTuple):
       idle: from zeros of its result's shapes, what there is otherwise.
       by_place: every stage is of its own kind: the branches read what is not
         the worker's.
+      also: what stages of one kind must have alike beside the plan's, by stage.
     """
     count = self.plan.count
     kinds = [s if by_place else self.plan.kind(s) for s in range(count)]
+    if also:
+      kinds = list(zip(kinds, also))
     order = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     table = [order.index(kinds.index(kind)) for kind in kinds]
     branches = [lambda s=s: branch(s) for s in order]

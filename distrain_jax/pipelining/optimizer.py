@@ -80,7 +80,12 @@ class Optimizer:
       packed = self.packing.pack(new_states, s)
       return plan.params.pack(new_params, s), packed, squared
 
-    return self.engine.switch(branch)
+    # Stages of one kind share code only where their transforms are the same.
+    also = [
+      (self.packing.parts[s], tuple(id(self.of(b.name)) for b in stage))
+      for s, stage in enumerate(plan.stages)
+    ]
+    return self.engine.switch(branch, also=also)
 
   def _packing(self, plan: Plan) -> Packing:
     by_stage = []

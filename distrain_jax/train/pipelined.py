@@ -69,7 +69,14 @@ def transforms(
 ) -> dict[str, Any]:
   """Each block's optimizer: the config's, with masks made of its own names."""
   names = models.logical_names(model, inputs)
-  of = lambda block: optimizers.build(
-    c.optimizer, c.steps, names.get(block.name, {})
-  )
+  made: dict[Any, Any] = {}  # one for all of equal masks: they share code
+
+  def of(block):
+    own = names.get(block.name, {})
+    leaves, treedef = jax.tree.flatten(optimizers.decay_mask(own))
+    masks = tuple(leaves), treedef
+    if masks not in made:
+      made[masks] = optimizers.build(c.optimizer, c.steps, own)
+    return made[masks]
+
   return {b.name: of(b) for stage in cut.stages for b in stage}

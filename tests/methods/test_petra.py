@@ -493,3 +493,16 @@ def test_another_axis_of_the_mesh_stays_automatic():
     state, _ = steps(run, run.init(KEY, model), x, y, 2 * nets.ROWS)
     results.append(jax.device_get(run.params(state)))
   close(*results)
+
+
+def test_blocks_of_one_kind_may_have_transforms_of_their_own():
+  blocks, params, _ = nets.make("rr")
+  tx = {b.name: optax.sgd(0.1) for b in blocks}
+  tx["block_1"] = optax.set_to_zero()  # block_0 is of its kind, and trains
+  x, y = nets.batches(1)
+  method = dj.petra(blocks, tx, shapes=params, example=(x, y))
+  run = dj.simulate(method, workers=len(blocks))
+  state, _ = steps(run, run.init(KEY, params), x, y, nets.ROWS)
+  got = run.params(run.drain(state, KEY))
+  equal(got["block_1"], params["block_1"])
+  assert distance(got["block_0"], params["block_0"]) > 1e-3
