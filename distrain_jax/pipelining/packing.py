@@ -119,27 +119,24 @@ def packing(by_worker: Sequence[Sequence[Any] | None]) -> Packing:
         places[kind, nth] = len(alike)
         alike.append(_structs(tree))
     break
-  parts, flat = [], []
+  parts = []
   for trees, kinds in zip(by_worker, described):
     if kinds is None:
       parts.append(None)
-      flat.append({})
       continue
-    seen, mine, columns = {}, [], {}
+    seen, mine = {}, []
     for tree, kind in zip(trees, kinds):
       nth = seen[kind] = seen.get(kind, -1) + 1
       place = places.get((kind, nth))
       mine.append(Part(jax.tree.structure(tree), kind, place))
-      if place is None:
-        for shape, dtype in kind:
-          columns[dtype] = columns.get(dtype, 0) + int(np.prod(shape))
     parts.append(tuple(mine))
-    flat.append(columns)
+  made = Packing(tuple(parts), tuple(alike), columns={}, used=())
+  flat = [made.columns_of(w) for w in range(len(parts))]
   dtypes = sorted({d for columns in flat for d in columns})
   longest = {d: max(c.get(d, 0) for c in flat) for d in dtypes}
   longest = {d: -(-n // TILE) * TILE for d, n in longest.items()}
   used = [sum(n * np.dtype(d).itemsize for d, n in c.items()) for c in flat]
-  return Packing(tuple(parts), tuple(alike), longest, tuple(used))
+  return made._replace(columns=longest, used=tuple(used))
 
 
 def _shapes(tree) -> tuple[Any, ...]:
