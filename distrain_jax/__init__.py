@@ -5,7 +5,7 @@
   state = run.init(key, params)
   state, metrics = run.step(state, batch, key)
 
-Importing this starts no backend; `models`, `data` and `train` load on use.
+Importing this starts no backend; `models`, `data`, `soups` and `train` load on use.
 """
 
 import importlib
@@ -17,17 +17,22 @@ from distrain_jax.method import StatefulLoss as StatefulLoss
 from distrain_jax.method import Variables as Variables
 from distrain_jax.method import stateful as stateful
 from distrain_jax.methods import acco as acco
+from distrain_jax.methods import dart as dart
 from distrain_jax.methods import ddp as ddp
 from distrain_jax.methods import diloco as diloco
 from distrain_jax.methods import dpu as dpu
+from distrain_jax.methods import ensemble as ensemble
 from distrain_jax.methods import fsdp as fsdp
 from distrain_jax.methods import guard as guard
 from distrain_jax.methods import local_sgd as local_sgd
+from distrain_jax.methods import papa as papa
 from distrain_jax.methods import petra as petra
 from distrain_jax.methods import pipeline as pipeline
 from distrain_jax.methods import sdp as sdp
+from distrain_jax.methods import sparta as sparta
 from distrain_jax.methods import subnetwork_alignment as subnetwork_alignment
 from distrain_jax.methods import subnetwork_load as subnetwork_load
+from distrain_jax.methods import wash as wash
 from distrain_jax.methods import weight_prediction as weight_prediction
 from distrain_jax.methods import zero1 as zero1
 from distrain_jax.rounds import Counted as Counted
@@ -35,7 +40,7 @@ from distrain_jax.runners import Run as Run
 from distrain_jax.runners import distribute as distribute
 from distrain_jax.runners import simulate as simulate
 
-_PACKAGES = ("data", "inspect", "models", "train")
+_PACKAGES = ("data", "inspect", "models", "soups", "train")
 
 
 def __getattr__(name: str):

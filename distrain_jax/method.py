@@ -114,3 +114,11 @@ class Method(NamedTuple):
   # of the micro-batch that this worker takes forward, and back, in each tick of
   # the step that `step` would make of these; -1 for none. None: no pipeline.
   trace: Callable[[State, Batch, jax.Array], tuple[Any, Any]] | None = None
+  # A second name that workers are on, of those that share a device: the mesh
+  # has no such axis. None: one worker a device.
+  inner: str | None = None
+
+  @property
+  def workers_on(self) -> str | tuple[str, str]:
+    """What collectives between all workers take as their axis."""
+    return self.axis if self.inner is None else (self.axis, self.inner)

@@ -43,6 +43,8 @@ class Run(NamedTuple):
   adopt: Callable[[Any], Any]
   # (state, key) -> state: finishes what is in flight. None: nothing ever is.
   drain: Callable[..., Any] | None = None
+  # What makes a per-worker function one of global arrays; see `spmd.Runner`.
+  runner: spmd.Runner | None = None
 
 
 def simulate(
@@ -70,8 +72,10 @@ def simulate(
       f"simulate: replicas={replicas}, but {method.name} was made without an "
       "axis of replicas."
     )
-  sizes = (workers, replicas)[: len(_axes(method))]
-  runner = spmd.vmap_runner(_axes(method), sizes)
+  axes, sizes = _axes(method), (workers, replicas)[: len(_axes(method))]
+  if method.inner is not None:
+    axes, sizes = (*axes, method.inner), (*sizes, 1)
+  runner = spmd.vmap_runner(axes, sizes)
   return _run(method, workers, None, runner, donate, replicas=replicas)
 
 
@@ -81,6 +85,7 @@ def distribute(
   *,
   donate: bool = True,
   compiler_options: Mapping[str, Any] | None = None,
+  per_device: int = 1,
 ) -> Run:
   """A method on a mesh: one worker per position along the method's axis.
 
@@ -95,9 +100,12 @@ def distribute(
     donate: whether `step` may reuse the memory of the state it is given.
     compiler_options: XLA's options for `step`, over those that the table of
       `compile_options` has for the mesh's chip.
+    per_device: workers at each position along the axis, which run by `vmap`;
+      more than 1 for a method that was made with `inner`.
 
   Raises:
-    ValueError: if the mesh lacks the axis.
+    ValueError: if the mesh lacks the axis, or the method cannot have several
+      workers on a device.
   """
   for option, axis in zip(("axis", "replicas"), _axes(method)):
     if axis not in mesh.axis_names:
@@ -106,20 +114,51 @@ def distribute(
         f"{dict(mesh.shape)}. Name the mesh's axis so, or pass "
         f"{option}={mesh.axis_names[0]!r} to {method.name}."
       )
+  _check_per_device(method, per_device)
   mesh = spmd.auto_mesh(mesh)
-  runner = spmd.mesh_runner(mesh, _axes(method))
-  workers = mesh.shape[method.axis]
-  replicas = mesh.shape[method.replicas] if method.replicas else 1
-  return _run(method, workers, mesh, runner, donate, compiler_options, replicas)
+  inner = None if method.inner is None else (method.inner, per_device)
+  runner = spmd.mesh_runner(mesh, _axes(method), inner)
+  return _run(
+    method,
+    mesh.shape[method.axis] * per_device,
+    mesh,
+    runner,
+    donate,
+    compiler_options,
+    replicas=mesh.shape[method.replicas] if method.replicas else 1,
+    per_device=per_device,
+  )
 
 
 def _axes(method) -> tuple[str, ...]:
-  """Those that a method's functions are manual over."""
+  """Those of a mesh that a method's functions are manual over."""
   return tuple(a for a in (method.axis, method.replicas) if a is not None)
 
 
+def _check_per_device(method, per_device) -> None:
+  whole = isinstance(per_device, Integral) and not isinstance(per_device, bool)
+  if not whole or per_device < 1:
+    raise ValueError(
+      "distribute: `per_device` is how many workers share a device, a whole "
+      f"number from 1; got {per_device!r}."
+    )
+  if per_device > 1 and method.inner is None:
+    raise ValueError(
+      f"distribute: per_device={per_device}, but {method.name} was made without "
+      "a name for workers that share a device. Pass inner='member' to it, if it "
+      "takes that; methods that train one model have one worker a device."
+    )
+
+
 def _run(
-  method, workers, mesh, runner, donate, options=None, replicas=1
+  method,
+  workers,
+  mesh,
+  runner,
+  donate,
+  options=None,
+  replicas=1,
+  per_device=1,
 ) -> Run:
   each, same = P(method.axis), P()
   rows = each if method.rows is None else method.rows
@@ -141,6 +180,8 @@ def _run(
     _check_start(method, workers, params, per_worker)
     with spmd.no_current_mesh():
       shapes = jax.eval_shape(init_fn(per_worker), key, params)
+    if per_worker:
+      params = shardings.without_worker_axes(params, each)
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes,
@@ -179,6 +220,7 @@ def _run(
     sharding = NamedSharding(mesh, rows)
     if rows != same:
       local = spmd.local_workers(mesh, rows[0])
+      local *= per_device if rows == each else 1
       jax.eval_shape(lambda b: spmd.split_rows(b, local), batch)
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, x), batch)
@@ -204,6 +246,7 @@ def _run(
     spread=lambda batch: put(batch, each),
     adopt=lambda state: _adopt(method, workers, mesh, state),
     drain=drain,
+    runner=runner,
   )
 
 

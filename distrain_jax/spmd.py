@@ -164,9 +164,21 @@ def vmap_runner(
   return runner
 
 
-def mesh_runner(mesh: Mesh, axis: str | Sequence[str]) -> Runner:
-  """One worker per position along `axis`; other axes stay automatic."""
+def mesh_runner(
+  mesh: Mesh, axis: str | Sequence[str], inner: tuple[str, int] | None = None
+) -> Runner:
+  """One worker per position along `axis`; other axes stay automatic.
+
+  Args:
+    mesh: has the axis, or axes.
+    axis: of the workers.
+    inner: `(name, size)` of a second axis, of so many workers that share each
+      position: they run by `vmap`. The leading worker axis of global arrays
+      then has `axis` times `size` workers, in order.
+  """
   mesh, axes = auto_mesh(mesh), _names(axis)
+  if inner is not None:
+    return _sharing_runner(mesh, axes[0], *inner)
   workers = math.prod(mesh.shape[a] for a in axes)
   if workers == 1 and mesh.size > 1:
     return vmap_runner(axes, [1] * len(axes))
@@ -183,6 +195,33 @@ def mesh_runner(mesh: Mesh, axis: str | Sequence[str]) -> Runner:
       in_specs=in_specs,
       out_specs=out_specs,
       axis_names=set(axes),
+      check_vma=False,
+    )
+
+  return runner
+
+
+def _sharing_runner(mesh: Mesh, axis: str, name: str, size: int) -> Runner:
+  """Several workers on each position along `axis`."""
+  alone = mesh.shape[axis] == 1 and mesh.size > 1
+
+  def runner(fn, in_specs, out_specs):
+    in_axes = map_specs(lambda s: 0 if axis in s else None, in_specs)
+
+    def local(*args):  # (size, ...) of what differs by worker
+      mapped = jax.vmap(fn, in_axes=in_axes, axis_name=name, axis_size=size)
+      one = lambda s, x: x if axis in s else jax.tree.map(lambda x: x[0], x)
+      return map_specs(one, out_specs, mapped(*args))
+
+    if alone:
+      everywhere = jax.vmap(local, in_axes=None, axis_name=axis, axis_size=1)
+      return lambda *args: jax.tree.map(lambda x: x[0], everywhere(*args))
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      axis_names={axis},
       check_vma=False,
     )
 

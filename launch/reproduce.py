@@ -24,7 +24,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from distrain_jax import spmd, train
+from distrain_jax import inspect, spmd, train
 from distrain_jax.train.config import suggest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +39,7 @@ WORKERS = 8
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PROGRAMS = ("run", "evaluate", "evaluate_members")  # of an experiment
 LEGEND = 15  # rows that a legend has room for
+AVERAGED = 100  # steps, of bytes sent
 SMOOTH = 0.05  # of a curve's length: how far the training loss is averaged
 
 Found = dict[str, Any]  # what METHOD.json holds
@@ -63,10 +64,16 @@ def main(argv) -> None:
   except (ValueError, FileNotFoundError, train.BadStep) as e:
     sys.exit(f"{type(e).__name__}: {e}")
   found = collect(table, runs)
+  if hasattr(table, "SCORES"):
+    for row, x in found["rows"].items():
+      x["sent"] = sent(table, row, built)
   out = Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   (out / f"{method}.json").write_text(json.dumps(found, indent=1) + "\n")
-  draw(table, found, runs, out / f"{method}.png")
+  if hasattr(table, "draw"):
+    table.draw(found, out / f"{method}.png")
+  else:
+    draw(table, found, runs, out / f"{method}.png")
   print(f"\n{markdown(table, found)}\n\n{found['claim']}")
   print(f"wrote {out / method}.json and {out / method}.png")
 
@@ -128,6 +135,19 @@ def one(
   return lines
 
 
+def sent(table: ModuleType, row: str, built) -> float:
+  """Bytes that a worker sends a step, on average over the first rounds."""
+  if row not in built:
+    c = table.config(row)
+    built[row] = train.build(c, used(c))
+  x = built[row]
+  if x.run.mesh.size == 1:
+    return 0.0
+  state, batch = x.run.init(x.key, x.params()), x.run.put(next(x.batches()))
+  found = inspect.bytes_sent(x.run, state, batch, x.key, steps=AVERAGED)
+  return sum(found.values())
+
+
 def used(c: ConfigDict) -> list[Any] | None:
   """Devices of a row that takes fewer than there are; None: all."""
   import jax
@@ -165,10 +185,16 @@ def collect(table: ModuleType, runs: Mapping[str, list[Lines]]) -> Found:
     against = table.against(row)
     values = [last(lines, metric) for lines in seeds]
     base = [last(lines, metric) for lines in runs[against]]
+    scores = {
+      name: [last(lines, name) for lines in seeds]
+      for name in getattr(table, "SCORES", {})
+      if all(any(name in x for x in lines) for lines in seeds)
+    }
     rows[row] = {
       "method": table.ROWS[row],
       metric: values,
       "test_loss": [last(lines, "test_loss") for lines in seeds],
+      **scores,
       "against": against,
       # Seeds are paired: initial parameters and the order of data are equal.
       "percent_above": [100 * (v / b - 1) for v, b in zip(values, base)],
@@ -189,6 +215,8 @@ def collect(table: ModuleType, runs: Mapping[str, list[Lines]]) -> Found:
 
 def claim(table: ModuleType, rows: Found) -> str:
   """What the method is to do, and whether it does."""
+  if callable(table.CLAIM):
+    return table.CLAIM(rows)
   row, limit = table.CLAIM
   promised = f"{row} is to be at most {limit} % above {table.against(row)}"
   if row not in rows:
@@ -208,6 +236,8 @@ def spread(values: list[float], form: str) -> str:
 
 def markdown(table: ModuleType, found: Found) -> str:
   """The table for README."""
+  if hasattr(table, "SCORES"):
+    return scores_markdown(table, found)
   headers = (
     "method",
     f"{table.METRIC.replace('_', ' ')}, {table.UNIT}",
@@ -224,6 +254,21 @@ def markdown(table: ModuleType, found: Found) -> str:
         spread(x["test_loss"], ".4f"),
       )
     )
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def scores_markdown(table: ModuleType, found: Found) -> str:
+  """Of a table that says which scores are its columns, in per cent."""
+  headers = ("method", *table.SCORES.values(), "bytes sent a step")
+  lines = [headers, ("---", *["---:"] * (len(headers) - 1))]
+  for row, x in found["rows"].items():
+    cells = []
+    for name in table.SCORES:
+      factor = 100 if name.endswith("accuracy") else 1
+      values = [factor * value for value in x.get(name, ())]
+      form = ".2f" if name != "test_greedy_size" else ".1f"
+      cells.append(spread(values, form) if values else "")
+    lines.append((row, *cells, f"{x['sent']:,.0f}"))
   return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -6,6 +6,9 @@
     for batch in eval_batches(data.test, batch_size=128):  # with "weight"
       ...
 
+Members of a population have orders of their own, `train_iterator(members=)`,
+and ways of mixing images of their own, on the device (`mixing_loss`).
+
 `load` takes a config's fields and finds the source; each source is also a
 function of its own. Own data: anything with `info`, `in_memory`, `len` and
 `gather` (`Source`), or `Arrays` around arrays. Needs no JAX device and no
@@ -22,6 +25,11 @@ from distrain_jax.data.loading import Dataset as Dataset
 from distrain_jax.data.loading import Description as Description
 from distrain_jax.data.loading import describe as describe
 from distrain_jax.data.loading import load as load
+from distrain_jax.data.mixing import mix as mix
+from distrain_jax.data.mixing import mixing_loss as mixing_loss
+from distrain_jax.data.mixing_settings import Mixing as Mixing
+from distrain_jax.data.mixing_settings import mixing_grid as mixing_grid
+from distrain_jax.data.mixing_settings import per_member as per_member
 from distrain_jax.data.packing import ArrayStream as ArrayStream
 from distrain_jax.data.packing import Windows as Windows
 from distrain_jax.data.packing import pack as pack

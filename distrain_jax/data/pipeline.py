@@ -7,7 +7,13 @@ belong to those positions, so the global batch is the same bits for any P.
 An epoch flows into the next inside a batch: no record is dropped, none is
 padded, and each is seen once an epoch.
 
-Letters: B the global batch, P processes, n records, t batches.
+A population of N members takes B/N consecutive rows of a batch a member, from
+an endless order of the member's own over all n records: row r of a member's
+share of batch t is position t B/N + r of that order. So a member sees what it
+would see alone with batches of B/N, whoever else there is, and goes on
+undisturbed when others leave or join.
+
+Letters: B the global batch, N members, P processes, n records, t batches.
 """
 
 import json
@@ -20,6 +26,7 @@ import grain
 import numpy as np
 
 from distrain_jax.data import augment as aug
+from distrain_jax.data import members as population
 from distrain_jax.data.random_order import order, words
 from distrain_jax.data.source import Batch, Source
 
@@ -27,26 +34,33 @@ from distrain_jax.data.source import Batch, Source
 class _TrainBatches:
   """Random access to this process's rows of training batch t."""
 
-  def __init__(self, source, batch_size, seed, augment, rows):
-    self.source, self.batch_size, self.seed = source, batch_size, seed
+  def __init__(self, source, batch_size, seed, augment, rows, members):
+    self.source, self.seed = source, seed
     self.augment = aug.parse(augment, source.info)
-    self.rows = np.arange(rows.start, rows.stop)
+    self.share = population.share(batch_size, members)
+    self.parts = population.parts(rows, self.share, members)
 
   def __len__(self) -> int:
-    return sys.maxsize // self.batch_size  # positions stay int64
+    return sys.maxsize // self.share  # positions stay int64
 
   def __getitem__(self, t: int) -> Batch:
-    positions = t * self.batch_size + self.rows
-    n = len(self.source)
-    batch = self.source.gather(order(self.seed, positions, n))
+    n, begin = len(self.source), int(t) * self.share
+    records = [
+      order(self.seed, begin + first + np.arange(count), n, member)
+      for member, first, count in self.parts
+    ]
+    batch = self.source.gather(np.concatenate(records))
     if self.source.info.kind != "image":
       return batch
-    info, start, count = self.source.info, int(positions[0]), len(positions)
+    info = self.source.info
     if not self.augment or self.augment[0].name != "random_resized_crop":
       batch = aug.fit(batch, info)
     for stream, a in enumerate(self.augment, start=1):  # 0 is the order's
-      random_words = words(self.seed, stream, start, count, a.words)
-      batch = a.apply(batch, random_words, info)
+      random_words = [
+        words(self.seed, stream, begin + first, count, a.words, member)
+        for member, first, count in self.parts
+      ]
+      batch = a.apply(batch, np.concatenate(random_words), info)
     return aug.normalise(batch, info)
 
 
@@ -58,29 +72,28 @@ class TrainIterator(grain.DatasetIterator):
   restores it in any number of processes.
   """
 
-  def __init__(self, parent: grain.DatasetIterator, decides: dict[str, int]):
+  def __init__(self, parent: grain.DatasetIterator, decides: dict[str, Any]):
     super().__init__(parent)
     self._batches, self._decides = parent, decides
 
   def __next__(self) -> Batch:
     return next(self._batches)
 
-  def get_state(self) -> dict[str, int]:
+  def get_state(self) -> dict[str, Any]:
     return self._batches.get_state() | self._decides
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues after `state`.
 
+    Seed, records and the rows of a member must be those of the state; the
+    members may be fewer or more. Who was there goes on with the next rows of
+    its own order, and who joins starts its own at the same place.
+
     Raises:
-      ValueError: if the state is of another seed, batch size or source.
+      ValueError: if the state is of another seed, source or batch size of a
+        member, or of members of whom some left while others joined.
     """
-    was = {name: state.get(name) for name in self._decides}
-    if was != self._decides:
-      raise ValueError(
-        f"This state was saved by a data iterator with {was}; this one has "
-        f"{self._decides}. The order of the data depends on all three: resume "
-        "with the same config, or start a new run."
-      )
+    population.check_resumes(state, self._decides)
     self._batches.set_state({"next_index": int(state["next_index"])})
 
   async def load(self, directory: Any) -> Awaitable[None]:
@@ -107,6 +120,7 @@ def train_iterator(
   batch_size: int,
   seed: int,
   augment: Sequence[str | aug.Augmentation] = (),
+  members: int | Sequence[int] = 1,
   process_index: int = 0,
   process_count: int = 1,
   threads: int | None = None,
@@ -116,9 +130,13 @@ def train_iterator(
 
   Args:
     source: the training part of a data set.
-    batch_size: B, of all processes together.
+    batch_size: B, of all processes and members together.
     seed: decides order and augmentation, 0 <= seed < 2**63.
     augment: names such as "pad_crop:4", or `Augmentation`s; images only.
+    members: N, which must divide B, of a population whose members have orders
+      and augmentations of their own; or their N numbers, in the order of
+      their shares of a batch: (0, 2, 3) when number 1 of 4 has left. 1: the
+      batch is one share, whoever it is divided among.
     process_index: which rows of each batch to make.
     process_count: P; must divide B.
     threads: that load batches in the background; 0: none, each batch is made
@@ -131,16 +149,18 @@ def train_iterator(
     with `get_state`, `set_state` and `close`.
 
   Raises:
-    ValueError: for a bad batch size, seed, process or augmentation.
+    ValueError: for a bad batch size, seed, process, augmentation or member.
   """
   if isinstance(seed, bool) or not 0 <= seed < 2**63 or seed != int(seed):
     raise ValueError(f"seed={seed!r} must be an integer in [0, 2**63).")
   rows = _rows(batch_size, process_index, process_count)
-  batches = _TrainBatches(source, batch_size, int(seed), augment, rows)
+  numbers = population.numbers(members)
+  batches = _TrainBatches(source, batch_size, int(seed), augment, rows, numbers)
   decides = {
     "batch_size": batch_size,
     "seed": int(seed),
     "records": len(source),
+    "members": numbers,
   }
   parent = iter(_background(batches, source, threads, prefetch))
   return TrainIterator(parent, decides)

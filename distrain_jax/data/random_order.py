@@ -3,14 +3,17 @@
 Training is one endless stream of positions 0, 1, 2, …; every epoch of n
 positions visits each of n records once, in an order of its own. Both the
 record at a position and the random words that augment it are computed from
-the position alone, so any process can make any part of any batch.
+the position alone, so any process can make any part of any batch. Members of
+a population have a stream of positions each, keyed by (seed, member).
 
 Letters in shapes: b positions, n records.
 """
 
 import numpy as np
 
-ORDER = 0  # the stream of random words that decides the order
+# Streams of random words, by purpose; those from 1 on are augmentations'.
+ORDER = 0  # of the records
+SETTINGS = 2**32 - 1  # who trains with which
 ROUNDS = 8
 _FIRST = np.uint64(0xFF51AFD7ED558CCD)  # the 64-bit finaliser of MurmurHash3
 _SECOND = np.uint64(0xC4CEB9FE1A85EC53)
@@ -18,7 +21,12 @@ _SHIFT = np.uint64(33)
 
 
 def words(
-  seed: int, stream: int, start: int, count: int, each: int
+  seed: int,
+  stream: int,
+  start: int,
+  count: int,
+  each: int,
+  member: int = 0,
 ) -> np.ndarray:
   """(count, each) uint64: the random words of positions start, start + 1, ….
 
@@ -28,12 +36,14 @@ def words(
 
   Args:
     seed: 0 <= seed < 2**64.
-    stream: which purpose; the words of two streams are unrelated.
+    stream: which purpose, below 2**32; the words of two streams are unrelated.
     start: the first position.
     count: how many positions.
     each: words a position, a multiple of 4.
+    member: whose positions, below 2**31; the words of two are unrelated.
   """
-  source = np.random.Philox(key=[seed, stream], counter=start * each // 4)
+  key = [seed, (member << 32) + stream]  # no two purposes or members share one
+  source = np.random.Philox(key=key, counter=start * each // 4)
   return source.random_raw(count * each).reshape(count, each)
 
 
@@ -80,15 +90,18 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
   return x.astype(np.int64)
 
 
-def order(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
-  """(b,) int64 record numbers: the training order at `positions` (b,).
+def order(
+  seed: int, positions: np.ndarray, n: int, member: int = 0
+) -> np.ndarray:
+  """(b,) int64 record numbers: a member's training order at `positions` (b,).
 
-  Epoch e is the positions [e n, (e + 1) n), a permutation keyed by (seed, e).
+  Epoch e is the positions [e n, (e + 1) n), a permutation keyed by (seed,
+  member, e).
   """
   epochs, within = np.divmod(positions, n)
   records = np.empty(len(positions), np.int64)
   for epoch in np.unique(epochs):
     here = epochs == epoch
-    keys = words(seed, ORDER, int(epoch), 1, ROUNDS)[0]
+    keys = words(seed, ORDER, int(epoch), 1, ROUNDS, member)[0]
     records[here] = permute(within[here], n, keys)
   return records

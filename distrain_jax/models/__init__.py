@@ -14,6 +14,7 @@ from distrain_jax.models import parts as parts
 from distrain_jax.models import weights as weights
 from distrain_jax.models.branches import blocks as blocks
 from distrain_jax.models.branches import branch_writers as branch_writers
+from distrain_jax.models.depths import depths as depths
 from distrain_jax.models.gpt_neo import GPTNeo as GPTNeo
 from distrain_jax.models.gpt_neo import GPTNeoConfig as GPTNeoConfig
 from distrain_jax.models.llama import PRESETS as PRESETS

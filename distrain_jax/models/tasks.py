@@ -1,9 +1,11 @@
 """What a model is trained on: its loss and its evaluation, as pure functions.
 
 Batches are dicts with a leading axis of b rows. Classification: {"image":
-(b, h, w, c) float32, "label": (b,) int32}. Language modelling: {"tokens": (b, t)
-int32, "targets": (b, t) int32}, the tokens that follow. For evaluation also
-"weight": (b,) float32, 1 for rows that count and 0 for padding.
+(b, h, w, c) float32, "label": (b,) int32}, or soft labels, (b, classes) float,
+each row's probabilities of the classes, as mixed images have. Language
+modelling: {"tokens": (b, t) int32, "targets": (b, t) int32}, the tokens that
+follow. For evaluation also "weight": (b,) float32, 1 for rows that count and 0
+for padding.
 """
 
 import functools
@@ -47,12 +49,15 @@ def classification_loss(
 
   Args:
     model: `apply(variables, image, train=True) -> logits (b, classes)`.
-    label_smoothing: this fraction of each label is spread over all classes.
+    label_smoothing: this fraction of each label, whole or soft, is spread over
+      all classes. Szegedy et al., "Rethinking the Inception Architecture for
+      Computer Vision", 2015, https://arxiv.org/abs/1512.00567, section 7.
     stateful: whether the model has non-trained state, as BatchNorm.
 
   Returns:
     A loss_fn of the form that `Task.loss_fn` states; aux is {"accuracy"}, the
-    fraction of rows. The key feeds the model's dropout.
+    fraction of rows whose likeliest class is the label, or a soft label's
+    likeliest class. The key feeds the model's dropout.
 
   Raises:
     ValueError: if label_smoothing is not in [0, 1).
@@ -68,10 +73,9 @@ def classification_measure(
   options.check_rate("classification", label_smoothing=label_smoothing)
 
   def measure(logits, batch):
-    own = cross_entropy(logits, batch["label"]).mean()
+    losses, hits = _losses_and_hits(logits, batch["label"])
     every = -jax.nn.log_softmax(logits).mean()
-    loss = (1 - label_smoothing) * own + label_smoothing * every
-    hits = logits.argmax(-1) == batch["label"]
+    loss = (1 - label_smoothing) * losses.mean() + label_smoothing * every
     return loss, {"accuracy": hits.mean(dtype=jnp.float32)}
 
   return measure
@@ -147,7 +151,8 @@ def evaluation(
 
   Args:
     model: a classifier of images or of next tokens.
-    inputs, targets: their keys in the batch; targets (b,) or (b, t).
+    inputs, targets: their keys in the batch; targets (b,) or (b, t), or soft
+      labels (b, classes).
     logits_chunk: as for `language_model_loss`.
 
   Returns:
@@ -227,8 +232,23 @@ def _apply(model, variables, x, hidden: bool = False):
 
 
 def _score(logits: jax.Array, wanted: jax.Array, batch: Batch) -> Metrics:
-  hits = logits.argmax(-1) == wanted
-  return _sums(cross_entropy(logits, wanted), hits, batch)
+  return _sums(*_losses_and_hits(logits, wanted), batch)
+
+
+def _losses_and_hits(
+  logits: jax.Array, wanted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Of each row or token: its loss, and whether the likeliest is right."""
+  if not jnp.issubdtype(wanted.dtype, jnp.floating):
+    return cross_entropy(logits, wanted), logits.argmax(-1) == wanted
+  if wanted.shape != logits.shape:
+    raise ValueError(
+      f"Soft labels are probabilities of the shape of the logits, "
+      f"{logits.shape}; got {wanted.dtype}{list(wanted.shape)}. Labels that "
+      "are class numbers have an integer dtype."
+    )
+  losses = -(wanted * jax.nn.log_softmax(logits)).sum(-1)
+  return losses, logits.argmax(-1) == wanted.argmax(-1)
 
 
 def _sums(losses: jax.Array, hits: jax.Array, batch: Batch) -> Metrics:

@@ -22,10 +22,13 @@ OWN_OPTIONS = (
   "axis",
   "blocks",
   "bytes_per_token",
+  "depths",
   "example",
+  "inner",
   "inputs",
   "names",
   "replicas",
+  "schedule",
   "shapes",
   "stateful",
   "writers",
@@ -46,6 +49,18 @@ def default_config() -> ConfigDict:
 
   c.method = ConfigDict({"name": "ddp"})  # see distrain_jax.methods
   c.method.update(method_options())  # None: the method's own default
+
+  # How the members of a population (ensemble, wash, sparta, papa, dart) differ;
+  # see also config.method.learning_rates. Other methods ignore it.
+  c.population = ConfigDict()
+  c.population.per_device = 1  # members at each position of the mesh's axis
+  c.population.same_init = False  # True: all start from one model
+  c.population.same_order = False  # True: they share one pass over the data
+  # One value a member, one for all, or (); see data.mixing.Mixing.
+  c.population.mixup = ()  # alpha
+  c.population.cutmix = ()  # alpha
+  c.population.smoothing = ()  # fraction of each label
+  c.population.erasing = ()  # probability
 
   c.data = ConfigDict()  # see distrain_jax.data.load; None: its default
   c.data.name = config_dict.placeholder(str)  # `build` needs one

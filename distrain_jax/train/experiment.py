@@ -1,5 +1,6 @@
 """From a config to everything that a run needs, all of it checked."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from distrain_jax.train import (
   optimizers,
   pipelined,
   placement,
+  populations,
   scores,
   validate,
 )
@@ -63,19 +65,21 @@ def build(c: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
       batch_size=c.batch_size,
       seed=c.seed,
       augment=dataset.augment,
+      members=_orders(c, run),
       **placement.step_rows(run.method, run.mesh),
     )
 
   rows = placement.process_rows(run.mesh, run.method.axis)
   scored = built.run, built.task, built.model, dataset, rows
+  evaluate = scores.of_model(c, *scored, batches)
   return Experiment(
     config=c,
     run=run,
     key=jax.random.fold_in(jax.random.key(c.seed), 1),
     params=params,
     batches=batches,
-    evaluate=scores.of_model(c, *scored, batches),
-    evaluate_members=scores.of_members(c, *scored),
+    evaluate=evaluate,
+    evaluate_members=scores.of_members(c, *scored, evaluate),
   )
 
 
@@ -113,14 +117,28 @@ def program(
   model, task = _model_and_task(c, info, axis)
   method = _method(c, model, task, info, mesh)
   shardings = _shardings(c, model, task, info, mesh)
-  run = runners.distribute(method, mesh)
+  run = runners.distribute(method, mesh, per_device=c.population.per_device)
+  start = _init_fn(task)
+  if populations.start_apart(c):
+    start = populations.init(start, populations.numbers(c, run.workers))
+    shardings = populations.stacked(shardings, mesh, axis)
+    run = run._replace(
+      init=functools.partial(run.init, per_worker=True),
+      abstract=functools.partial(run.abstract, per_worker=True),
+    )
 
   def params():
-    start = jax.random.fold_in(jax.random.key(c.seed), 0)
-    return _initial(task, start, mesh, shardings)
+    key = jax.random.fold_in(jax.random.key(c.seed), 0)
+    return _initial(start, key, mesh, shardings)
 
-  abstract = lambda: _abstract(c, info, task, run, shardings)
+  abstract = lambda: _abstract(c, info, start, run, shardings)
   return Program(task, run, params, abstract, model, shardings)
+
+
+def _orders(c: ConfigDict, run: runners.Run) -> int | list[int]:
+  """Whose orders of the data there are: each member's own, or one."""
+  own = populations.is_population(c) and not c.population.same_order
+  return populations.numbers(c, run.workers) if own else 1
 
 
 def _given(c: ConfigDict, built: Program) -> Callable[[], Any]:
@@ -138,9 +156,9 @@ def _given(c: ConfigDict, built: Program) -> Callable[[], Any]:
   return lambda: built.params()._replace(params=read())
 
 
-def _abstract(c, info, task, run, shardings):
+def _abstract(c, info, start, run, shardings):
   key = jax.eval_shape(lambda: jax.random.key(0))
-  shapes = jax.eval_shape(_init_fn(task), key)
+  shapes = jax.eval_shape(start, key)
 
   def placed(sharding, part):  # a leaf, or all of a model's statistics
     return jax.tree.map(
@@ -214,6 +232,13 @@ def _method(c, model, task, info: data.Info, mesh: Mesh) -> Method:
     trained, chosen = task.loss_fn, {}
     if task.stateful:
       trained = stateful(trained, stats=c.stats)
+    if populations.is_population(c):
+      axis = axis_of(c)
+      count = populations.size(c, mesh.shape, axis)
+      trained = populations.loss(
+        c, trained, info.num_classes, axis, populations.numbers(c, count)
+      )
+      chosen.update(populations.options(c, factory))
     for option, of_model in STRUCTURE.items():
       if configs.takes(factory, option):
         chosen[option] = of_model(model, inputs)
@@ -238,6 +263,7 @@ def _names(model, inputs):
 # Options by which a method is told the model's structure.
 STRUCTURE = {
   "names": _names,
+  "depths": models.depths,
   "shapes": models.zoo.abstract,
   "writers": models.branch_writers,
   "blocks": models.blocks,
@@ -262,12 +288,12 @@ def _shardings(c, model, task, info, mesh: Mesh):
   return Variables(params, NamedSharding(mesh, P()))
 
 
-def _initial(task, key, mesh, shardings):
+def _initial(start, key, mesh, shardings):
   """New parameters, made where they will lie."""
   if spmd.spans_processes(mesh):
     key = spmd.to_global(key, mesh, P())
   with spmd.no_current_mesh():
-    return jax.jit(_init_fn(task), out_shardings=shardings)(key)
+    return jax.jit(start, out_shardings=shardings)(key)
 
 
 def _init_fn(task):

@@ -112,6 +112,7 @@ def _on_all_devices(c: ConfigDict) -> ConfigDict:
   """With as many workers as devices allow, and batches that they can share."""
   c = c.copy_and_resolve_references()
   c.mesh.update({experiment.axis_of(c): -1, **_other_axes(c)})
+  c.population.per_device = 1
   for batches in (c, c.evaluation):
     batches.batch_size *= jax.device_count()
   return c

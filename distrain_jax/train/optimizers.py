@@ -38,6 +38,13 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
   return optax.join_schedules([rise, after], [warmup])
 
 
+def relative(c: ConfigDict, steps: int) -> optax.Schedule:
+  """`schedule` over its peak: in [0, 1], for what follows the learning rate."""
+  one = c.copy_and_resolve_references()
+  one.learning_rate = 1.0
+  return schedule(one, steps)
+
+
 def decay_mask(names: Any) -> Any:
   """Weight decay on what has two axes or more: no norms, no biases.
 

@@ -11,7 +11,12 @@ from ml_collections import ConfigDict
 from distrain_jax import data, models
 from distrain_jax.runners import Run
 from distrain_jax.train.evaluate import evaluator, with_bits_per_byte
-from distrain_jax.train.members import members_evaluator
+from distrain_jax.train.members import (
+  greedy_soup,
+  members_evaluator,
+  mixer,
+  relative_distance,
+)
 from distrain_jax.train.recalibrate import recalibrator
 
 Scores = Mapping[str, float]
@@ -59,10 +64,16 @@ def of_members(
   model: nn.Module,
   dataset: data.Dataset,
   rows: Mapping[str, int],
+  evaluate: Callable[[Any, str], Scores],
 ) -> Callable[[Any, str], Scores] | None:
   """`(state, split) -> {"members_loss", ...}`, where the config asks for it.
 
-  Args: as of `of_model`.
+  Of a population also the greedy soup, chosen on the validation split by
+  accuracy, its number of members, and how far the members are apart (see
+  `soups.consensus_distance`: `relative`).
+
+  Args: as of `of_model`, and
+    evaluate: what that returned.
 
   Raises:
     ValueError: if the workers of the config's method are all alike.
@@ -77,9 +88,25 @@ def of_members(
       "--config.evaluation.members=False."
     )
   average = members_evaluator(run, task)
-  return lambda state, split: average(
+  of_split = lambda state, split: average(
     state, _batches(c, dataset, split, rows)[1]
   )
+  if not run.method.population:
+    return of_split
+  mix, distance = mixer(run), relative_distance(run)
+
+  def of_population(state, split):
+    held_out = lambda model: evaluate(model, "validation")["accuracy"]
+    soup, size = greedy_soup(mix, state, run.workers, held_out)
+    greedy = evaluate(soup, split)
+    return {
+      **of_split(state, split),
+      **{f"greedy_{name}": greedy[name] for name in ("loss", "accuracy")},
+      "greedy_size": size,
+      "distance": float(distance(state)),
+    }
+
+  return of_population
 
 
 def _batches(c, dataset, split: str, rows):

@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from distrain_jax import methods
-from distrain_jax.train import pipelined
+from distrain_jax.train import pipelined, populations
 from distrain_jax.train.config import options_of, suggest
 
 OPTIMIZERS = ("adam", "adamw", "momentum", "sgd")
@@ -110,6 +110,7 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
       f"config.method.name={c.method.name!r} works on. Name it in the config "
       f'file: config.mesh = ConfigDict({{"{axis}": -1}}).'
     )
+  populations.check(c)
   _batch(c, mesh_shape, axis)
   for logical, target in c.sharding.items():
     if target not in mesh_shape or target == axis:
@@ -120,7 +121,8 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
 
 
 def _batch(c, mesh_shape, axis):
-  n, accumulate = mesh_shape[axis], c.method.get("accumulate") or 1
+  n = populations.size(c, mesh_shape, axis)
+  accumulate = c.method.get("accumulate") or 1
   halves = methods.HALVES.get(c.method.name, 1)
   shares, sharing = n, f"{n} workers"
   if c.method.name in methods.PIPELINED:

@@ -63,6 +63,65 @@ def test_a_label_beyond_the_classes_makes_the_loss_nan():
   assert np.isnan(jax.jit(loss_fn)(start(LLAMA).params, batch, KEY)[0])
 
 
+SOFT = IMAGES | {"label": RNG.dirichlet(np.ones(10), 6).astype(np.float32)}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_soft_labels_is_the_mean_over_their_classes(smoothing):
+  task = models.task(MLP, "classification", SOFT, label_smoothing=smoothing)
+  params, labels = start(MLP).params, SOFT["label"]
+  loss, aux = jax.jit(task.loss_fn)(params, SOFT, KEY)
+  logs = log_softmax(MLP.apply({"params": params}, SOFT["image"]))
+  smooth = (1 - smoothing) * labels + smoothing / 10
+  np.testing.assert_allclose(loss, -(smooth * logs).sum(-1).mean(), rtol=1e-5)
+  hits = logs.argmax(-1) == labels.argmax(-1)
+  np.testing.assert_allclose(aux["accuracy"], hits.mean(), rtol=1e-6)
+  weight = np.asarray([1, 1, 0, 1, 0, 1], np.float32)
+  sums = jax.jit(task.evaluate)(params, SOFT | {"weight": weight})
+  own = -(labels * logs).sum(-1) @ weight
+  np.testing.assert_allclose(sums["loss_sum"], own, rtol=1e-5)
+  assert sums["correct_sum"] == hits @ weight and sums["weight"] == 4
+
+
+def test_labels_are_the_same_as_numbers_and_as_certainties():
+  task = models.task(MLP, "classification", IMAGES, label_smoothing=0.1)
+  certain = IMAGES | {"label": np.eye(10, dtype=np.float32)[IMAGES["label"]]}
+  grads = jax.jit(jax.value_and_grad(task.loss_fn, has_aux=True))
+  one, other = (
+    grads(start(MLP).params, batch, KEY) for batch in (IMAGES, certain)
+  )
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, one, other)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 9), (1, 10)])
+def test_soft_labels_of_another_shape_are_refused(shape):
+  loss_fn = models.classification_loss(MLP)
+  batch = IMAGES | {"label": np.ones(shape, np.float32)}
+  with pytest.raises(ValueError, match=r"logits, \(6, 10\); got float32\["):
+    loss_fn(start(MLP).params, batch, KEY)
+
+
+def test_members_train_on_batches_mixed_in_ways_of_their_own():
+  batch = {k: np.concatenate([x, x]) for k, x in IMAGES.items()}  # 6 each
+  ways = [dj.data.Mixing(mixup=1.0, erasing=0.5), dj.data.Mixing(smoothing=0.2)]
+  loss_fn = models.classification_loss(MLP)
+  mixed = dj.data.mixing_loss(loss_fn, ways, 10, axis="data")
+  smoothed = models.classification_loss(MLP, label_smoothing=0.2)
+
+  def train(loss_fn):
+    method = dj.local_sgd(loss_fn, optax.sgd(0.1), accumulate=2)
+    run = dj.simulate(method, workers=2)
+    state = run.init(KEY, start(MLP).params)
+    return jax.device_get(run.step(state, batch, KEY)[0].params)
+
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  both, expected = train(mixed), train(smoothed)
+  jax.tree.map(lambda a, b: close(a[1], b[1]), both, expected)
+  first, other = (p["output"]["kernel"][0] for p in (both, expected))
+  assert np.abs(first - other).max() > 1e-4
+
+
 def test_language_model_loss_is_the_mean_over_tokens_in_nats_and_bits():
   task = models.task(LLAMA, "language_model", TEXT, bytes_per_token=2.0)
   params = start(LLAMA).params

@@ -88,6 +88,8 @@ def test_a_batch_that_is_let_through_can_be_cut_and_no_smaller_one(name, tiny):
   options = {"accumulate": accumulate}
   if name == "sdp":
     options |= {"names": ("hidden",), "shapes": params, "coverage": 1.0}
+  if name == "papa":
+    options |= {"tied": False}
   method = methods.FACTORIES[name](loss_fn, optax.sgd(0.1), **options)
   run = dj.simulate(method, workers=workers)
   state = run.abstract(key, params)

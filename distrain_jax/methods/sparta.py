@@ -1,0 +1,70 @@
+"""SPARTA: members that average a few random coordinates after every step.
+
+Beton, Howes, Cheema and Gensyn, "Improving the Efficiency of Distributed
+Training using Sparse Parameter Averaging", 2025,
+https://openreview.net/forum?id=stFPf3gzq1.
+
+The nearest neighbour of WASH (https://arxiv.org/abs/2405.17517): at the same
+coordinates, the mean in the place of a permutation. The members' average is
+the same; their distance from it shrinks.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+from distrain_jax.method import LossFn, Method, StatefulLoss
+from distrain_jax.population import members, sparse, swapping
+
+
+def sparta(
+  loss_fn: LossFn | StatefulLoss,
+  tx: optax.GradientTransformation,
+  *,
+  axis: str = "population",
+  rate: float = 0.005,
+  layer_schedule: str = "constant",
+  equal_volume: bool = False,
+  depths: Any = None,
+  period: int = 1,
+  stop_after: int | None = None,
+  tied: bool = False,
+  schedule: sparse.Schedule | None = None,
+  accumulate: int = 1,
+  clip_norm: float | None = None,
+  learning_rates: Sequence[float] | None = None,
+  leave: Sequence[int] = (),
+  inner: str | None = None,
+) -> Method:
+  """Sparse averaging; arguments and errors as of `wash`.
+
+  Returns:
+    A `Method`; its `params` is the members' average.
+  """
+  options = members.Options(
+    axis, accumulate, clip_norm, learning_rates, leave, inner
+  )
+  members.check_options("sparta", options)
+  which = sparse.Sparse(
+    rate,
+    layer_schedule,
+    equal_volume,
+    depths,
+    period,
+    stop_after,
+    tied,
+    schedule,
+  )
+  sparse.check("sparta", which)
+  average = functools.partial(swapping.average_parts, axes=options.axes)
+
+  def exchange(member: members.Member, rates, key):
+    (params,) = swapping.exchange_chosen(
+      [member.params], rates, key, average, options.axes
+    )
+    return member._replace(params=params)
+
+  phases, when = sparse.phases("sparta", options, which, exchange)
+  return members.population("sparta", loss_fn, tx, options, phases, when)

@@ -1,0 +1,23 @@
+"""Members between themselves and an average."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distrain_jax.gradients import at_least_float32
+from distrain_jax.population.members import Member
+
+
+def mix(x: jax.Array, y: jax.Array, weight) -> jax.Array:
+  """(1 - weight) x + weight y in float32 or wider; what is whole stays x."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return x
+  wide, other = at_least_float32(x), at_least_float32(y)
+  return (wide + weight * (other - wide)).astype(x.dtype)
+
+
+def with_model(member: Member, model: tuple[Any, Any]) -> Member:
+  """The member with other `(params, model_state)`."""
+  params, model_state = model
+  return member._replace(params=params, model_state=model_state)

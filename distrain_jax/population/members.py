@@ -1,0 +1,283 @@
+"""A population's method: every member trains alone, then phases differ.
+
+Letters in shapes: N members.
+"""
+
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from distrain_jax import gradients, local_steps, spmd, variables
+from distrain_jax.method import LossFn, Method, Params, StatefulLoss
+
+# What the exchange's key is folded with: no member has this number.
+_EXCHANGE = 0xFFFFFFFF
+
+
+class PopulationState(NamedTuple):
+  """One member's; `Method.specs` says which fields differ by member."""
+
+  step: jax.Array  # (), int32, the same on every member
+  number: jax.Array  # (), int32: stays a member's own when others leave
+  params: Params  # this member's
+  model_state: Any  # this member's; () for a loss without it
+  opt_state: optax.OptState  # this member's
+
+
+class Member(NamedTuple):
+  """What an exchange may change."""
+
+  params: Params
+  model_state: Any
+  opt_state: optax.OptState
+
+
+class Phase(NamedTuple):
+  """What a step does beside a member's own gradient and update."""
+
+  # (gradients) -> gradients, before the update; None: a member's own.
+  reduce: Callable[[Params], Params] | None = None
+  # (member, step, key) -> member, after the update; the key is the step's,
+  # shared by all members. None: nothing.
+  exchange: Callable[[Member, jax.Array, jax.Array], Member] | None = None
+
+
+class Options(NamedTuple):
+  """What every population takes; checked by `check_options`."""
+
+  axis: str
+  accumulate: int = 1
+  clip_norm: float | None = None
+  learning_rates: Sequence[float] | None = None
+  leave: Sequence[int] = ()
+  inner: str | None = None
+
+  @property
+  def axes(self) -> str | tuple[str, str]:
+    """The name, or names, that all members are on."""
+    return self.axis if self.inner is None else (self.axis, self.inner)
+
+
+ALONE = Phase()
+
+
+def check_options(name: str, options: Options) -> None:
+  """Raises ValueError, in the name of the factory, for what cannot be."""
+  gradients.check_accumulate(name, options.accumulate)
+  gradients.check_clip_norm(name, options.clip_norm)
+  rates = options.learning_rates
+  if rates is not None and not all(_above_0(x) for x in rates):
+    raise ValueError(
+      f"{name}: `learning_rates` are factors of the members' updates, one a "
+      f"member, each above 0; got {rates!r}."
+    )
+  whole = lambda x: isinstance(x, Integral) and x is not True and x >= 0
+  if not all(map(whole, options.leave)):
+    raise ValueError(
+      f"{name}: `leave` are numbers of members, from 0; got {options.leave!r}."
+    )
+  if options.inner is not None and options.inner == options.axis:
+    raise ValueError(
+      f"{name}: `inner` is a name of its own for the members that share a "
+      f"device; got {options.inner!r}, which is `axis`."
+    )
+
+
+def population(
+  name: str,
+  loss_fn: LossFn | StatefulLoss,
+  tx: optax.GradientTransformation,
+  options: Options,
+  phases: Sequence[Phase] = (ALONE,),
+  which: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> Method:
+  """A method whose members train alone but for what the phases add.
+
+  Running statistics belong to a member, whatever `stateful(stats=...)` says
+  of workers; `params` averages them with the weights.
+
+  Args:
+    name: the method's.
+    loss_fn: `(params, batch, key) -> (loss, aux)`, or `stateful(...)`.
+    tx: each member's own optimizer.
+    options: checked already.
+    phases: what steps do.
+    which: (step, from 0, key) -> index of the step's phase; the key is the
+      step's, shared by all members. None: the first, always.
+
+  Returns:
+    A `Method` with `population`; its `params` is the uniform average.
+
+  Raises:
+    ValueError: if batch statistics are to be synchronised between members.
+  """
+  if isinstance(loss_fn, StatefulLoss):
+    if loss_fn.stats == "synchronised":
+      raise ValueError(
+        f"{name}: stats='synchronised' would normalise a member by the others' "
+        "rows. Use stateful(..., stats='local'); in a config, "
+        "--config.stats=local."
+      )
+    loss_fn = loss_fn._replace(stats="local")
+  axes = options.axes
+  gradient = gradients.gradient_fn(loss_fn, options.accumulate)
+
+  def init(key, model):
+    del key  # nothing random: the caller draws each member's model
+    _check_size(name, options)
+    local, model_state = local_steps.start(loss_fn, tx, model)
+    here = numbers(jax.lax.axis_size(axes), options.leave)
+    return PopulationState(
+      step=jnp.zeros((), jnp.int32),
+      number=jnp.asarray(here, jnp.int32)[jax.lax.axis_index(axes)],
+      params=local.params,
+      model_state=model_state,
+      opt_state=local.opt_state,
+    )
+
+  def step(state: PopulationState, batch, key):
+    _check_size(name, options)
+    of_step = spmd.shared_key(key, state.step)
+    own_key = jax.random.fold_in(of_step, state.number)
+    shared = jax.random.fold_in(of_step, _EXCHANGE)
+    g = gradient(state.params, state.model_state, batch, own_key)
+    here = numbers(jax.lax.axis_size(axes), options.leave)
+
+    def finish(phase: Phase):
+      def run():
+        # All that travels goes from one branch; see `local_steps`.
+        grads = g.grads if phase.reduce is None else phase.reduce(g.grads)
+        member, norm = _update(tx, options, state, grads, g.model_state)
+        if phase.exchange is not None:
+          member = phase.exchange(member, state.step, shared)
+        return member, _metrics(g, norm, axes, here)
+
+      return run
+
+    branches = [finish(phase) for phase in phases]
+    if which is None:
+      member, metrics = branches[0]()
+    else:
+      member, metrics = jax.lax.switch(which(state.step, shared), branches)
+    return PopulationState(state.step + 1, state.number, *member), metrics
+
+  def params(state: PopulationState):
+    whole = local_steps.mean(state.params, axes)
+    return variables.join(loss_fn, whole, state.model_state, axes)
+
+  def member(fn, state: PopulationState):
+    return fn(variables.own(loss_fn, state.params, state.model_state))
+
+  def reshard(state: PopulationState, members: int) -> PopulationState:
+    here = jnp.asarray(numbers(members, options.leave), jnp.int32)
+    parts = _restack(state[2:], _continued(state, here))
+    return PopulationState(state.step, here, *parts)
+
+  each = P(options.axis)
+  return Method(
+    name,
+    options.axis,
+    init,
+    step,
+    params,
+    PopulationState(P(), each, each, each, each),
+    reshard,
+    population=True,
+    member=member,
+    inner=options.inner,
+  )
+
+
+def _update(tx, options: Options, state, grads, model_state):
+  """A member's own step: `(member, its gradient's norm before clipping)`."""
+  norm = jnp.sqrt(gradients.squared_norm(grads))
+  if options.clip_norm is not None:
+    scale = gradients.clip_scale(norm, options.clip_norm)
+    grads = gradients.scale_tree(grads, scale)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  if options.learning_rates is not None:
+    rates = jnp.asarray(options.learning_rates, jnp.float32)
+    rate = rates[state.number]
+    updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
+  params = optax.apply_updates(state.params, updates)
+  return Member(params, model_state, opt_state), norm
+
+
+def _metrics(g: gradients.Gradient, norm, axes, here: Sequence[int]):
+  """Means over the members, and who has the largest loss; NaN is larger."""
+  members, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+  # One message; a loss that is not finite stays its member's own.
+  mine = jnp.arange(members) == me
+  losses = jnp.where(mine, g.loss, 0)
+  losses, (aux, norm) = jax.lax.psum((losses, (g.aux, norm)), axes)
+  aux, norm = jax.tree.map(lambda x: x / members, (aux, norm))
+  return {
+    **aux,
+    "loss": losses.mean(),
+    "grad_norm": norm,
+    "worst_loss": losses.max(),
+    "worst_member": jnp.asarray(here, jnp.int32)[losses.argmax()],
+  }
+
+
+def numbers(members: int, leave: Sequence[int]) -> list[int]:
+  """The numbers of a population's members: those that left are left out.
+
+  >>> numbers(3, (1,))
+  [0, 2, 3]
+  """
+  return [n for n in range(members + len(leave)) if n not in leave][:members]
+
+
+def _check_size(name: str, options: Options) -> None:
+  rates, members = options.learning_rates, jax.lax.axis_size(options.axes)
+  last = numbers(members, options.leave)[-1]
+  if rates is not None and len(rates) <= last:
+    raise ValueError(
+      f"{name}: `learning_rates` has {len(rates)} factors, but the population "
+      f"has {members} members, the last of which is number {last}. Give "
+      f"{last + 1}, one for each number, or None."
+    )
+
+
+class _Continued(NamedTuple):
+  """Whose state the members of another population go on with."""
+
+  at: jax.Array  # (M,), int32: place among the old members
+  known: jax.Array  # (M,), bool: False for those who join
+  sound: jax.Array  # (N,), bool: old members whose weights are finite
+
+
+def _continued(state: PopulationState, here: jax.Array) -> _Continued:
+  """Members `here` (M,) of a state of N; a number that is new joins."""
+  members = state.number.shape[0]
+  sound = jnp.ones(members, bool)
+  for x in jax.tree.leaves(state.params):
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      sound &= jnp.isfinite(x).reshape(members, -1).all(1)
+  same = (here[:, None] == state.number[None]) & sound[None]
+  return _Continued(same.argmax(1), same.any(1), sound)
+
+
+def _restack(tree: Any, found: _Continued) -> Any:
+  """Who is known goes on; others start from the average of who is sound."""
+  along = lambda mask, x: mask.reshape((-1,) + (1,) * (x.ndim - 1))
+
+  def one(x):
+    new = x[found.sound.argmax()]
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      wide = gradients.at_least_float32(x)
+      total = jnp.where(along(found.sound, x), wide, 0).sum(0)
+      new = (total / found.sound.sum()).astype(x.dtype)
+    return jnp.where(along(found.known, x), x[found.at], new[None])
+
+  return jax.tree.map(one, tree)
+
+
+def _above_0(x) -> bool:
+  return isinstance(x, Real) and not isinstance(x, bool) and x > 0

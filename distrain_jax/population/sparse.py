@@ -1,0 +1,120 @@
+"""Populations that exchange a few coordinates: what WASH and SPARTA share."""
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distrain_jax.population import rates
+from distrain_jax.population.members import ALONE, Member, Options, Phase
+
+# (step, from 0) -> the learning rate relative to its peak, in [0, 1].
+Schedule = Callable[[Any], Any]
+_COIN = 0x7FFFFFFF  # what the key of a tied exchange's chance is folded with
+
+
+class Sparse(NamedTuple):
+  """Which coordinates, and when."""
+
+  rate: float
+  layer_schedule: str
+  equal_volume: bool
+  depths: Any
+  period: int
+  stop_after: int | None
+  tied: bool
+  schedule: Schedule | None
+
+
+def check(name: str, sparse: Sparse) -> None:
+  """Raises ValueError, in the name of the factory, for what cannot be."""
+  rates.check_rate(name, sparse.rate)
+  rates.check_schedule(name, sparse.layer_schedule)
+  _check_whole(name, "period", sparse.period, 1, "steps between exchanges")
+  if sparse.stop_after is not None:
+    what = "the number of steps that may end with an exchange"
+    _check_whole(name, "stop_after", sparse.stop_after, 0, what)
+  check_tied(name, sparse.tied, sparse.schedule)
+
+
+def check_tied(name: str, tied: bool, schedule: Schedule | None) -> None:
+  if tied and schedule is None:
+    raise ValueError(
+      f"{name}: tied=True follows the learning rate, so it needs `schedule`: a "
+      "function (step) -> rate relative to its peak, in [0, 1], such as "
+      "lambda step: tx_schedule(step) / peak. Pass one, or tied=False."
+    )
+
+
+def phases(
+  name: str,
+  options: Options,
+  sparse: Sparse,
+  exchange: Callable[[Member, list[np.ndarray], jax.Array], Member],
+):
+  """The phases of such a population, and which of them a step has.
+
+  Args:
+    name: of the factory.
+    options: checked.
+    sparse: checked.
+    exchange: (member, the rates of its leaves, key) -> member.
+
+  Returns:
+    `(phases, which)` as `members.population` takes them: one phase, without a
+    conditional, where every step is alike.
+  """
+  del options
+  if sparse.rate == 0:
+    return (ALONE,), None
+
+  def run(member: Member, step, key):
+    del step
+    return exchange(member, rates_of(name, sparse, member.params), key)
+
+  moving = Phase(exchange=run)
+  if sparse.period == 1 and sparse.stop_after is None and not sparse.tied:
+    return (moving,), None
+
+  def which(step, key):
+    due = (step + 1) % sparse.period == 0
+    if sparse.stop_after is not None:
+      due &= step < sparse.stop_after
+    if sparse.tied:
+      # Fewer exchanges rather than smaller ones: less travels, and what
+      # matters to learning is how much is moved, not how often.
+      coin = jax.random.uniform(jax.random.fold_in(key, _COIN))
+      due &= coin < sparse.schedule(step)
+    return jnp.asarray(due, jnp.int32)
+
+  return (ALONE, moving), which
+
+
+def rates_of(name: str, sparse: Sparse, params) -> list[np.ndarray]:
+  """Of each leaf; 0 for those that are not floating: they are not trained."""
+  depths = sparse.depths
+  found = rates.layer_rates(
+    name,
+    params,
+    rates.leaf_depths(params) if depths is None else depths,
+    rate=sparse.rate,
+    layer_schedule=sparse.layer_schedule,
+    equal_volume=sparse.equal_volume,
+  )
+  floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+  return [
+    rate if floating(x) else np.zeros_like(rate)
+    for x, rate in zip(jax.tree.leaves(params), found)
+  ]
+
+
+def _check_whole(name, option, value, least, what) -> None:
+  whole = isinstance(value, Integral) and not isinstance(value, bool)
+  if not whole or value < least:
+    raise ValueError(
+      f"{name}: `{option}` is {what}, a whole number from {least}; got "
+      f"{value!r}."
+    )

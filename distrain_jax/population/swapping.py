@@ -1,0 +1,235 @@
+"""Exchanges of chosen coordinates: shuffled, or averaged.
+
+Every function is a member's own, under a named axis, and is given trees that
+are exchanged alike: parameters, and moments that follow them.
+
+Letters in shapes: N members, K chosen coordinates of each tree, c = K/N.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distrain_jax.gradients import at_least_float32
+from distrain_jax.population import selection
+
+Axes = str | tuple[str, str]
+# (values (K,), key) -> what takes their place, (K,); the key is shared.
+Exchange = Callable[[jax.Array, jax.Array], jax.Array]
+
+_INSIDE = "promise_in_bounds"  # indices are, so nothing need check
+
+
+def exchange_chosen(
+  trees: Sequence[Any],
+  rates: Sequence[np.ndarray],
+  key: jax.Array,
+  exchange: Exchange,
+  axes: Axes,
+) -> list[Any]:
+  """Exchanges the same few coordinates of each tree, as one message a dtype.
+
+  Args:
+    trees: each of the same structure and shapes.
+    rates: of each leaf, see `rates.layer_rates`.
+    key: shared by all members.
+    exchange: what becomes of the values; coordinate j of K belongs to part
+      j % N.
+    axes: the members'.
+  """
+  flat = [jax.tree.flatten(tree) for tree in trees]
+  shapes = [x.shape for x in flat[0][0]]
+  plan = selection.make_plan(shapes, rates, jax.lax.axis_size(axes))
+  if not plan.count:
+    return list(trees)
+  choice_key, route_key = jax.random.split(key)
+  chosen = selection.choose(plan, choice_key)
+  taken = [_take(plan, chosen, leaves) for leaves, _ in flat]  # lists of (k,)
+  given = _by_dtype(taken, lambda values: exchange(values, route_key))
+  if chosen.moved is not None:
+    given = _keep_some(plan, chosen.moved, taken, given)
+  return [
+    treedef.unflatten(_put(plan, chosen, leaves, values))
+    for (leaves, treedef), values in zip(flat, given)
+  ]
+
+
+def shuffle_parts(values: jax.Array, key: jax.Array, axes: Axes) -> jax.Array:
+  """Permutes each part of K/N coordinates among the members, differently.
+
+  Part b of member n goes to member dest(b, n) = tau[(sigma[n] + rho[b]) % N],
+  with random permutations tau, sigma and rho that all members share: a random
+  Latin square. Each part's permutation is uniform on all N! of them; and each
+  member sends one part to each, the least that can travel.
+
+  Args:
+    values: (K,), K a multiple of N; coordinate j belongs to part j % N.
+    key: shared by all members.
+    axes: the members'.
+  """
+  n, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+  tau, sigma, rho = (permutation(k, n) for k in jax.random.split(key, 3))
+  where_tau, where_rho, where_sigma = map(inverse, (tau, rho, sigma))
+  parts = values.reshape(-1, n).T  # (N, c), by part
+  # Row d of what is sent: the part b with dest(b, me) = d.
+  sent = parts[where_rho[(where_tau - sigma[me]) % n]]
+  got = all_to_all(sent, axes)  # by sender
+  # Part b comes from the member s with dest(b, s) = me.
+  parts = got[where_sigma[(where_tau[me] - rho) % n]]
+  return parts.T.reshape(-1)
+
+
+def average_parts(values: jax.Array, key: jax.Array, axes: Axes) -> jax.Array:
+  """The members' mean of each coordinate, summed in float32 or wider."""
+  del key
+  mean = jax.lax.pmean(at_least_float32(values), axes)
+  return mean.astype(values.dtype)
+
+
+def shuffle_independently(
+  trees: Sequence[Any], rates: Sequence[np.ndarray], key, axes: Axes
+) -> list[Any]:
+  """Each coordinate with its layer's probability, by a permutation of its own.
+
+  What WASH's paper states, word for word: a reference that gathers everything
+  everywhere. Arguments as of `exchange_chosen`.
+  """
+  n, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+  flat = [jax.tree.flatten(tree) for tree in trees]
+
+  def one(number, rate, *alike):
+    coin_key, order_key = jax.random.split(jax.random.fold_in(key, number))
+    shape = alike[0].shape
+    rate = jnp.asarray(rate, jnp.float32)
+    rate = rate.reshape(rate.shape + (1,) * (len(shape) - rate.ndim))
+    coin = jax.random.uniform(coin_key, shape) < rate
+    order = jax.random.uniform(order_key, (n, *shape)).argsort(0)
+    source = order[me]  # (shape): from whom
+    pick = lambda x: jnp.take_along_axis(gather(x, axes), source[None], 0)[0]
+    return [jnp.where(coin, pick(x), x) for x in alike]
+
+  moved = [
+    one(i, rate, *alike) if np.max(rate, initial=0) > 0 else list(alike)
+    for i, (rate, *alike) in enumerate(
+      zip(rates, *(leaves for leaves, _ in flat))
+    )
+  ]
+  columns = zip(*moved) if moved else [[] for _ in flat]
+  return [
+    treedef.unflatten(list(leaves))
+    for (_, treedef), leaves in zip(flat, columns)
+  ]
+
+
+def permutation(key: jax.Array, n: int) -> jax.Array:
+  """(n,) int32, uniformly random, by ranks: n is small, and sorts are slow."""
+  x = jax.random.bits(key, (n,))
+  i = jnp.arange(n)
+  # Equal words would give equal ranks, so places decide between them.
+  later = i[:, None] > i[None]
+  before = (x[:, None] > x[None]) | ((x[:, None] == x[None]) & later)
+  return before.sum(1, dtype=jnp.int32)
+
+
+def inverse(order: jax.Array) -> jax.Array:
+  """(n,) int32: the inverse of a permutation."""
+  n = order.shape[0]
+  return jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
+
+
+def all_to_all(rows: jax.Array, axes: Axes) -> jax.Array:
+  """(N, c) by receiver -> (N, c) by sender."""
+  if isinstance(axes, str):
+    return jax.lax.all_to_all(rows, axes, 0, 0)
+  outer, inner = axes
+  devices, own = jax.lax.axis_size(outer), jax.lax.axis_size(inner)
+  # What the members of one device send, (their senders, receivers, c), is one
+  # message from device to device.
+  here = jax.lax.all_gather(rows, inner)
+  here = here.reshape(own, devices, own, -1).swapaxes(0, 1)
+  got = jax.lax.all_to_all(here, outer, 0, 0)  # (devices, senders, mine, c)
+  return got[:, :, jax.lax.axis_index(inner)].reshape(rows.shape)
+
+
+def gather(x: jax.Array, axes: Axes) -> jax.Array:
+  """(N, ...): every member's, in order."""
+  if isinstance(axes, str):
+    return jax.lax.all_gather(x, axes)
+  outer, inner = axes
+  every = jax.lax.all_gather(jax.lax.all_gather(x, inner), outer)
+  return every.reshape(-1, *x.shape)
+
+
+def _take(plan, chosen, leaves) -> list[jax.Array]:
+  """The chosen values, (k,) of each piece and last of the pool."""
+  out = []
+  for x, pieces, where in zip(leaves, plan.leaves, chosen.where):
+    for piece, at in zip(pieces, where):
+      out.append(x.at[_index(x, piece, at)].get(mode=_INSIDE))
+  if plan.pool:
+    pool = _side_by_side(plan, leaves)
+    out.append(pool.at[chosen.pool].get(mode=_INSIDE))
+  return out
+
+
+def _put(plan, chosen, leaves, values) -> list[jax.Array]:
+  """The leaves with values in the place of what was taken."""
+  rest, out = iter(values), list(leaves)
+  for i, (pieces, where) in enumerate(zip(plan.leaves, chosen.where)):
+    if not pieces:
+      continue
+    index = [_index(out[i], *pair) for pair in zip(pieces, where)]
+    index = tuple(map(jnp.concatenate, zip(*index)))
+    new = jnp.concatenate([next(rest) for _ in pieces])
+    out[i] = out[i].at[index].set(new, mode=_INSIDE, unique_indices=True)
+  if plan.pool:
+    pool = _side_by_side(plan, leaves)
+    pool = pool.at[chosen.pool].set(
+      next(rest), mode=_INSIDE, unique_indices=True
+    )
+    start = 0
+    for i in plan.pooled:
+      x = leaves[i]
+      part = pool[start : start + x.size]
+      out[i] = part.reshape(x.shape).astype(x.dtype)
+      start += x.size
+  return out
+
+
+def _index(x, piece, at) -> tuple[jax.Array, ...]:
+  """Indices on every axis: a flat view of a large array could be a copy."""
+  if piece.layer is None:
+    return jnp.unravel_index(at, x.shape)
+  first = jnp.full_like(at, piece.layer)
+  return (first, *jnp.unravel_index(at, x.shape[1:]))
+
+
+def _side_by_side(plan, leaves) -> jax.Array:
+  """The small leaves as one vector, in a dtype that holds all of them."""
+  small = [leaves[i].ravel() for i in plan.pooled]
+  dtype = jnp.result_type(*small)
+  return jnp.concatenate([x.astype(dtype) for x in small])
+
+
+def _by_dtype(taken, exchange) -> list[list[jax.Array]]:
+  """Exchanges all values of one dtype together."""
+  parts = [x for values in taken for x in values]
+  out: list[Any] = [None] * len(parts)
+  for dtype in sorted({x.dtype for x in parts}, key=str):
+    mine = [i for i, x in enumerate(parts) if x.dtype == dtype]
+    new = exchange(jnp.concatenate([parts[i] for i in mine]))
+    ends = np.cumsum([parts[i].size for i in mine])[:-1]
+    for i, piece in zip(mine, jnp.split(new, ends)):
+      out[i] = piece
+  rest = iter(out)
+  return [[next(rest) for _ in values] for values in taken]
+
+
+def _keep_some(plan, moved, taken, given) -> list[list[jax.Array]]:
+  ends = np.cumsum([piece.count for piece in plan.pieces])[:-1]
+  moved = jnp.split(moved, ends)
+  choose = lambda m, new, old: jnp.where(m, new, old)
+  return [list(map(choose, moved, new, old)) for new, old in zip(given, taken)]

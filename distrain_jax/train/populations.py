@@ -1,0 +1,144 @@
+"""What a config says of a population: how its members differ."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from distrain_jax import methods
+from distrain_jax.data import mixing
+from distrain_jax.population import members
+from distrain_jax.train import config as configs
+from distrain_jax.train import optimizers
+
+INNER = "member"  # the axis of members that share a device
+MIXING = ("mixup", "cutmix", "smoothing", "erasing")
+
+
+def is_population(c: ConfigDict) -> bool:
+  return c.method.name in methods.POPULATIONS
+
+
+def check(c: ConfigDict) -> None:
+  """Refuses settings of a population where there is none.
+
+  Raises:
+    ValueError: naming the field, its value, the rule and a way out.
+  """
+  fresh = configs.default_config().population
+  if not is_population(c):
+    for field, value in c.population.items():
+      if value != fresh[field]:
+        raise ValueError(
+          f"config.population.{field}={value!r}, but the workers of "
+          f"config.method.name={c.method.name!r} are no population. Leave it at "
+          f"{fresh[field]!r}, or choose {', '.join(methods.POPULATIONS)}."
+        )
+    return
+  each = c.population.per_device
+  if not isinstance(each, int) or each < 1:
+    raise ValueError(
+      f"config.population.per_device={each!r} is how many members share a "
+      "device, at least 1."
+    )
+
+
+def size(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> int:
+  """How many workers share a batch's rows: members, for a population."""
+  return mesh_shape[axis] * (c.population.per_device if is_population(c) else 1)
+
+
+def start_apart(c: ConfigDict) -> bool:
+  """Whether members start from models of their own."""
+  alike = c.population.same_init or c.initial_params
+  return is_population(c) and not alike
+
+
+def options(c: ConfigDict, factory: Any) -> dict[str, Any]:
+  """What the trainer itself passes to a population's factory."""
+  chosen: dict[str, Any] = {}
+  if configs.takes(factory, "schedule"):
+    chosen["schedule"] = optimizers.relative(c.optimizer, c.steps)
+  if configs.takes(factory, "inner") and c.population.per_device > 1:
+    chosen["inner"] = INNER
+  return chosen
+
+
+def numbers(c: ConfigDict, count: int) -> list[int]:
+  """Those of so many members; see `leave` of `wash`."""
+  return members.numbers(count, c.method.leave or ())
+
+
+def loss(
+  c: ConfigDict,
+  loss_fn: Any,
+  classes: int | None,
+  axis: str,
+  numbers: Sequence[int],
+) -> Any:
+  """The loss with each member's mixing of images, if there is any.
+
+  Args:
+    c: the config.
+    loss_fn: without.
+    classes: of the images; None: the data has none.
+    axis: the method's.
+    numbers: of the members, in order.
+
+  Raises:
+    ValueError: for settings of another kind of data, or that cannot be.
+  """
+  settings = _settings(c, classes)
+  if not settings:
+    return loss_fn
+  axes = axis if c.population.per_device == 1 else (axis, INNER)
+  if len(settings) > 1:
+    settings = [settings[n % len(settings)] for n in numbers]
+  return mixing.mixing_loss(loss_fn, settings, classes, axes)
+
+
+def init(
+  init_one: Callable[[jax.Array], Any], numbers: Sequence[int]
+) -> Callable[[jax.Array], Any]:
+  """(key) -> the models of members of these numbers, on a leading axis."""
+
+  def init_all(key):
+    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.asarray(numbers))
+    return jax.vmap(init_one)(keys)
+
+  return init_all
+
+
+def stacked(shardings: Any, mesh: Mesh, axis: str) -> Any:
+  """Shardings of models that have a leading axis of members."""
+  one = lambda s: NamedSharding(mesh, P(axis, *s.spec))
+  return jax.tree.map(one, shardings)
+
+
+def _settings(c: ConfigDict, classes: int | None) -> list[mixing.Mixing]:
+  """Of each member, as far as they go; none where nothing is mixed."""
+  given = {name: tuple(c.population[name]) for name in MIXING}
+  count = max(map(len, given.values()))
+  if not count:
+    return []
+  if classes is None:
+    used = ", ".join(name for name, values in given.items() if values)
+    raise ValueError(
+      f"config.population.{used}: mixing is of images and their labels, and "
+      f"config.data.name={c.data.name!r} has none. Set it to ()."
+    )
+  for name, values in given.items():
+    if len(values) not in (0, 1, count):
+      raise ValueError(
+        f"config.population.{name}={values!r} has {len(values)} values, others "
+        f"have {count}. Give one a member, one for all, or () for none."
+      )
+  of = lambda name, n: (given[name] * count or (0.0,) * count)[n]
+  return [
+    mixing.Mixing(**{name: float(of(name, n)) for name in MIXING})
+    for n in range(count)
+  ]

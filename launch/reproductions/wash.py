@@ -1,0 +1,59 @@
+"""WASH and its neighbours on images: populations of four, equal updates.
+
+Fashion-MNIST, a ResNet-18 of a quarter of the width in its form for large
+images, which takes 7 x 7 values to its blocks here. Each member starts from a
+model of its own and sees 32 images an update, in an order of its own.
+BatchNorm's statistics are estimated anew for every model that is evaluated.
+One learning rate for all, with a cosine to 0. `ddp` is one model that sees all
+128 images of an update.
+"""
+
+from configs.wash import fashion_mnist
+from launch import populations_table as shared
+
+TITLE = "Fashion-MNIST, a narrow ResNet-18, populations of 4"
+METRIC, UNIT, SCORES = shared.METRIC, shared.UNIT, shared.SCORES
+CLAIM = shared.average_near_ensemble("wash", 1.0)
+draw = shared.draw
+DEVICES = 4
+FOLLOWS = ("mesh", "evaluation.members")
+STEPS = 1000
+RATE = 0.05  # 50 shuffles of a coordinate of the first layer
+WASH = {"name": "wash", "rate": RATE}
+PAPA = {"name": "papa"}
+ROWS = {
+  shared.INDEPENDENT: {"name": "ensemble"},
+  "wash": WASH,
+  "wash, rate 0.01": {**WASH, "rate": 0.01},
+  "wash and optimizer": {**WASH, "shuffle_optimizer": True},
+  "wash, tied": {**WASH, "tied": True},
+  "sparta": {"name": "sparta", "rate": RATE, "layer_schedule": "decreasing"},
+  "papa": PAPA,
+  "papa, alpha 0.9": {**PAPA, "alpha": 0.9},
+  "papa-all": {**PAPA, "variant": "all", "every": 50, "stop_after": 950},
+  "papa-2": {**PAPA, "variant": "pair", "every": 50, "stop_after": 950},
+  "dart": {"name": "dart", "joint_steps": STEPS // 2, "every": 100},
+  "ddp": {"name": "ddp"},
+}
+
+
+def against(row: str) -> str:
+  """The row that it is compared with."""
+  del row
+  return shared.INDEPENDENT
+
+
+def config(row: str):
+  """One row's config, but for the seed."""
+  c = fashion_mnist.get_config()
+  with c.unlocked():
+    c.steps = STEPS
+    c.model.stem = "imagenet"
+    c.model.width = 1 / 4
+    c.evaluation.batch_size = 512
+    c.checkpoint.every = 0
+    c.method.update(ROWS[row])
+    if row == "ddp":
+      c.mesh = {"data": DEVICES}
+      c.evaluation.members = False
+  return c
