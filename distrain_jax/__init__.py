@@ -5,7 +5,8 @@
   state = run.init(key, params)
   state, metrics = run.step(state, batch, key)
 
-Importing this starts no backend; `models`, `data`, `soups` and `train` load on use.
+Importing this starts no backend; `models`, `data`, `soups`, `inspect` and
+`train` load on use.
 """
 
 import importlib

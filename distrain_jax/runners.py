@@ -1,6 +1,6 @@
 """`simulate` and `distribute`: the same method on one device or on a mesh."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ def distribute(
   donate: bool = True,
   compiler_options: Mapping[str, Any] | None = None,
   per_device: int = 1,
+  rows_over: Sequence[str] = (),
 ) -> Run:
   """A method on a mesh: one worker per position along the method's axis.
 
@@ -102,10 +103,13 @@ def distribute(
       `compile_options` has for the mesh's chip.
     per_device: workers at each position along the axis, which run by `vmap`;
       more than 1 for a method that was made with `inner`.
+    rows_over: automatic axes of the mesh that divide each worker's rows, such
+      as `fsdp` where params are sharded over it; without, XLA takes all of a
+      worker's rows to all of its devices.
 
   Raises:
-    ValueError: if the mesh lacks the axis, or the method cannot have several
-      workers on a device.
+    ValueError: if the mesh lacks the axis or one of `rows_over`, or the method
+      cannot have several workers on a device.
   """
   for option, axis in zip(("axis", "replicas"), _axes(method)):
     if axis not in mesh.axis_names:
@@ -115,6 +119,7 @@ def distribute(
         f"{option}={mesh.axis_names[0]!r} to {method.name}."
       )
   _check_per_device(method, per_device)
+  _check_rows_over(method, mesh, rows_over)
   mesh = spmd.auto_mesh(mesh)
   inner = None if method.inner is None else (method.inner, per_device)
   runner = spmd.mesh_runner(mesh, _axes(method), inner)
@@ -127,6 +132,7 @@ def distribute(
     compiler_options,
     replicas=mesh.shape[method.replicas] if method.replicas else 1,
     per_device=per_device,
+    rows_over=tuple(rows_over),
   )
 
 
@@ -150,6 +156,16 @@ def _check_per_device(method, per_device) -> None:
     )
 
 
+def _check_rows_over(method, mesh, rows_over) -> None:
+  others = [a for a in mesh.axis_names if a not in _axes(method)]
+  for name in rows_over:
+    if name not in others:
+      raise ValueError(
+        f"distribute: rows_over={tuple(rows_over)!r} names axes of the mesh "
+        f"beside the method's; {name!r} is none of {others}."
+      )
+
+
 def _run(
   method,
   workers,
@@ -159,6 +175,7 @@ def _run(
   options=None,
   replicas=1,
   per_device=1,
+  rows_over=(),
 ) -> Run:
   each, same = P(method.axis), P()
   rows = each if method.rows is None else method.rows
@@ -206,6 +223,11 @@ def _run(
   def step(state, batch, key):
     if shares is not None:
       batch = spmd.split_rows(batch, shares)
+    if rows_over:
+      divided = NamedSharding(mesh, P(method.axis, rows_over))
+      batch = jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, divided), batch
+      )
     return one_step(state, batch, key)
 
   read = runner(method.params, (method.specs,), same)

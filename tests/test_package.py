@@ -71,12 +71,13 @@ def is_in(module, package):
   return module == package or module.startswith(f"{package}.")
 
 
-OURS = ("train", "models", "data", "inspect", "methods")
+OURS = ("train", "models", "data", "inspect", "methods", "soups")
 ARROWS = {  # part of the package -> parts that it must not know
-  "methods": ("train", "models", "data", "inspect"),
-  "models": ("train", "methods", "data", "inspect"),
-  "data": ("train", "methods", "models", "inspect"),
-  "inspect": ("train", "models", "data"),
+  "methods": ("train", "models", "data", "inspect", "soups"),
+  "models": ("train", "methods", "data", "inspect", "soups"),
+  "data": ("train", "methods", "models", "inspect", "soups"),
+  "inspect": ("train", "models", "data", "soups"),
+  "population": ("train", "models", "data", "inspect", "methods", "soups"),
 }
 
 

@@ -114,6 +114,8 @@ def papa(
       due &= step < stop_after
     return jnp.asarray(due, jnp.int32)
 
+  if variant == "pull" and alpha == 1:  # to the bit, not to rounding
+    return members.population("papa", loss_fn, tx, options)
   phases = (members.ALONE, members.Phase(exchange=exchange))
   return members.population("papa", loss_fn, tx, options, phases, which)
 

@@ -17,8 +17,9 @@ from distrain_jax.gradients import at_least_float32
 from distrain_jax.population import selection
 
 Axes = str | tuple[str, str]
-# (values (K,), key) -> what takes their place, (K,); the key is shared.
-Exchange = Callable[[jax.Array, jax.Array], jax.Array]
+# (values (K,), first (K/N,), key) -> what takes their place, (K,). Coordinate
+# gN + i belongs to part (first[g] + i) % N; the key is shared.
+Exchange = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _INSIDE = "promise_in_bounds"  # indices are, so nothing need check
 
@@ -36,8 +37,7 @@ def exchange_chosen(
     trees: each of the same structure and shapes.
     rates: of each leaf, see `rates.layer_rates`.
     key: shared by all members.
-    exchange: what becomes of the values; coordinate j of K belongs to part
-      j % N.
+    exchange: what becomes of the values; K is a multiple of N.
     axes: the members'.
   """
   flat = [jax.tree.flatten(tree) for tree in trees]
@@ -45,10 +45,15 @@ def exchange_chosen(
   plan = selection.make_plan(shapes, rates, jax.lax.axis_size(axes))
   if not plan.count:
     return list(trees)
-  choice_key, route_key = jax.random.split(key)
+  choice_key, part_key, route_key = jax.random.split(key, 3)
   chosen = selection.choose(plan, choice_key)
   taken = [_take(plan, chosen, leaves) for leaves, _ in flat]  # lists of (k,)
-  given = _by_dtype(taken, lambda values: exchange(values, route_key))
+  # Of a coordinate, not of a value: its moments belong to the same part.
+  n = plan.members
+  first = jax.random.randint(part_key, (plan.count // n,), 0, n)
+  ends = np.cumsum([piece.count // n for piece in plan.pieces])[:-1]
+  first = jnp.split(first, ends)
+  given = _by_dtype(taken, first, lambda *x: exchange(*x, route_key))
   if chosen.moved is not None:
     given = _keep_some(plan, chosen.moved, taken, given)
   return [
@@ -57,7 +62,9 @@ def exchange_chosen(
   ]
 
 
-def shuffle_parts(values: jax.Array, key: jax.Array, axes: Axes) -> jax.Array:
+def shuffle_parts(
+  values: jax.Array, first: jax.Array, key: jax.Array, axes: Axes
+) -> jax.Array:
   """Permutes each part of K/N coordinates among the members, differently.
 
   Part b of member n goes to member dest(b, n) = tau[(sigma[n] + rho[b]) % N],
@@ -65,26 +72,36 @@ def shuffle_parts(values: jax.Array, key: jax.Array, axes: Axes) -> jax.Array:
   Latin square. Each part's permutation is uniform on all N! of them; and each
   member sends one part to each, the least that can travel.
 
+  Of N coordinates in a row each belongs to another part, from a random one
+  on. So two that lie further apart share a part with chance 1/N: the expected
+  product of their deviations from the mean becomes 0, as by independent
+  permutations.
+
   Args:
-    values: (K,), K a multiple of N; coordinate j belongs to part j % N.
-    key: shared by all members.
+    values, first, key: see `Exchange`.
     axes: the members'.
   """
   n, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
   tau, sigma, rho = (permutation(k, n) for k in jax.random.split(key, 3))
   where_tau, where_rho, where_sigma = map(inverse, (tau, rho, sigma))
-  parts = values.reshape(-1, n).T  # (N, c), by part
+  member = jnp.arange(n)[None]
+  first = first[:, None]
+  slot = (member - first) % n  # (c, N): where a part's coordinate is
+  parts = jnp.take_along_axis(values.reshape(-1, n), slot, 1).T  # (N, c)
   # Row d of what is sent: the part b with dest(b, me) = d.
   sent = parts[where_rho[(where_tau - sigma[me]) % n]]
   got = all_to_all(sent, axes)  # by sender
   # Part b comes from the member s with dest(b, s) = me.
   parts = got[where_sigma[(where_tau[me] - rho) % n]]
-  return parts.T.reshape(-1)
+  part = (member + first) % n  # (c, N): whose a coordinate is
+  return jnp.take_along_axis(parts.T, part, 1).reshape(-1)
 
 
-def average_parts(values: jax.Array, key: jax.Array, axes: Axes) -> jax.Array:
+def average_parts(
+  values: jax.Array, first: jax.Array, key: jax.Array, axes: Axes
+) -> jax.Array:
   """The members' mean of each coordinate, summed in float32 or wider."""
-  del key
+  del first, key
   mean = jax.lax.pmean(at_least_float32(values), axes)
   return mean.astype(values.dtype)
 
@@ -214,13 +231,18 @@ def _side_by_side(plan, leaves) -> jax.Array:
   return jnp.concatenate([x.astype(dtype) for x in small])
 
 
-def _by_dtype(taken, exchange) -> list[list[jax.Array]]:
-  """Exchanges all values of one dtype together."""
+def _by_dtype(taken, first, exchange) -> list[list[jax.Array]]:
+  """Exchanges all values of one dtype together.
+
+  `taken`: of each tree, of each piece; `first`: of each piece.
+  """
   parts = [x for values in taken for x in values]
+  first = first * len(taken)
   out: list[Any] = [None] * len(parts)
   for dtype in sorted({x.dtype for x in parts}, key=str):
     mine = [i for i, x in enumerate(parts) if x.dtype == dtype]
-    new = exchange(jnp.concatenate([parts[i] for i in mine]))
+    together = lambda xs, mine=mine: jnp.concatenate([xs[i] for i in mine])
+    new = exchange(together(parts), together(first))
     ends = np.cumsum([parts[i].size for i in mine])[:-1]
     for i, piece in zip(mine, jnp.split(new, ends)):
       out[i] = piece

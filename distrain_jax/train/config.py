@@ -54,6 +54,8 @@ def default_config() -> ConfigDict:
   # see also config.method.learning_rates. Other methods ignore it.
   c.population = ConfigDict()
   c.population.per_device = 1  # members at each position of the mesh's axis
+  # Other axes of the mesh that divide a member's rows, e.g. ("fsdp",).
+  c.population.rows_over = ()
   c.population.same_init = False  # True: all start from one model
   c.population.same_order = False  # True: they share one pass over the data
   # One value a member, one for all, or (); see data.mixing.Mixing.

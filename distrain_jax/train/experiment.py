@@ -117,7 +117,12 @@ def program(
   model, task = _model_and_task(c, info, axis)
   method = _method(c, model, task, info, mesh)
   shardings = _shardings(c, model, task, info, mesh)
-  run = runners.distribute(method, mesh, per_device=c.population.per_device)
+  run = runners.distribute(
+    method,
+    mesh,
+    per_device=c.population.per_device,
+    rows_over=c.population.rows_over,
+  )
   start = _init_fn(task)
   if populations.start_apart(c):
     start = populations.init(start, populations.numbers(c, run.workers))

@@ -60,10 +60,11 @@ def by_hand(given, key, n):
   The choice and the three permutations are taken from the code under test; what
   is done with them is not.
   """
-  choice_key, route_key = jax.random.split(key)
+  choice_key, part_key, route_key = jax.random.split(key, 3)
   shapes = [x.shape[1:] for x in jax.tree.leaves(given)]
   plan = selection.make_plan(shapes, list(map(np.asarray, RATES)), n)
   chosen = jax.tree.map(np.asarray, selection.choose(plan, choice_key))
+  first = np.asarray(jax.random.randint(part_key, (plan.count // n,), 0, n))
   keys = jax.random.split(route_key, 3)
   tau, sigma, rho = (np.asarray(swapping.permutation(k, n)) for k in keys)
   slots = []  # (leaf, flat index): of each chosen coordinate, in order
@@ -78,7 +79,8 @@ def by_hand(given, key, n):
   new = [x.copy() for x in old]
   for j, ((leaf, at), move) in enumerate(zip(slots, moved)):
     for member in range(n):
-      to = tau[(sigma[member] + rho[j % n]) % n]
+      part = (j + first[j // n]) % n
+      to = tau[(sigma[member] + rho[part]) % n]
       if move:
         new[leaf][to, at] = old[leaf][member, at]
   leaves = [x.reshape(n, *s) for x, s in zip(new, shapes)]
@@ -133,6 +135,25 @@ def test_what_changes_is_what_is_chosen_but_for_one_in_n():
   new = jax.jit(run)(x, jax.random.key(0))
   changed = (np.asarray(new) != x).mean(1)
   np.testing.assert_array_equal(changed, 0.25 * (1 - 1 / n))
+
+
+def test_expected_products_of_deviations_vanish_as_by_independent_ones():
+  """Of coordinates more than N apart, and of neighbours -1/(N - 1)."""
+  n, draws = 4, 8000
+  delta = np.float32([1, -1, 1, -1])  # deviations, equal on all coordinates
+  x = np.repeat(delta[:, None], 32, 1)
+  part = functools.partial(swapping.shuffle_parts, axes=AXIS)
+  step = lambda x, key: swapping.exchange_chosen(
+    [x], [np.asarray(1.0)], key, part, AXIS
+  )[0]
+  run = spmd.vmap_runner(AXIS, n)(step, (EACH, SAME), EACH)
+  keys = jax.random.split(jax.random.key(2), draws)
+  new = np.asarray(jax.jit(jax.vmap(run, (None, 0)))(x, keys))
+  products = np.einsum("dnj->dj", new * new[:, :, :1]) / n  # with the first
+  mean, error = products.mean(0), products.std(0) / np.sqrt(draws)
+  far = np.arange(32)[8:-8]
+  assert np.abs(mean[far] / error[far]).max() < 5
+  assert mean[0] == 1  # with itself
 
 
 def law(step, draws=6000):
@@ -195,6 +216,21 @@ def test_averaged_coordinates_are_those_that_a_shuffle_moves():
   )
   np.testing.assert_allclose(apart(shuffled), apart(one), rtol=1e-6)
   assert apart(averaged) < 0.7 * apart(one)
+
+
+def test_moments_of_another_dtype_go_with_their_coordinates():
+  """Where leaves of one tree have dtypes that those of the other have not."""
+  n = 4
+  one = {k: np.round(8 * x) / 8 for k, x in trees(n).items()}  # exact in bf16
+  half = {
+    k: jnp.asarray(x, jnp.bfloat16 if k in "ac" else None)
+    for k, x in one.items()
+  }
+  new, pair = shuffle(n)(half, one, jax.random.key(4))
+  for name in SHAPES:
+    same = np.asarray(new[name], np.float32)
+    np.testing.assert_array_equal(same, np.asarray(pair[name]))
+  assert np.any(np.asarray(pair["a"]) != one["a"])
 
 
 def test_dtypes_travel_as_they_are():

@@ -1,0 +1,146 @@
+"""The rows of launch/compare_wash.py, and what is read off each program."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from distrain_jax import inspect
+from distrain_jax.population import rates
+
+MODELS = ("llama 134M", "resnet50")
+ROWS_OF_A_MEMBER = {"llama 134M": 1, "resnet50": 16}
+
+
+class Row(NamedTuple):
+  """One program."""
+
+  name: str
+  method: dict[str, Any]  # config.method
+
+
+def rows() -> list[Row]:
+  wash = lambda rate, **more: {"name": "wash", "rate": rate, **more}
+  return [
+    Row("DDP", {"name": "ddp"}),
+    Row("ensemble", {"name": "ensemble"}),
+    Row("WASH 0.001", wash(0.001)),
+    Row("WASH 0.01", wash(0.01)),
+    Row("WASH 0.01, constant", wash(0.01, layer_schedule="constant")),
+    Row("WASH 0.01 and optimizer", wash(0.01, shuffle_optimizer=True)),
+    Row("SPARTA 0.005", {"name": "sparta", "rate": 0.005}),
+    Row("PAPA every 10", {"name": "papa", "every": 10}),
+  ]
+
+
+def config(model: str, row: Row, workers: int) -> ConfigDict:
+  """The paper-scale config of a model with a row's method."""
+  from configs import fineweb_llama, imagenet_resnet50
+
+  if model == "resnet50":
+    c = imagenet_resnet50.get_config()
+  else:
+    c = fineweb_llama.get_config(model.split()[1])
+  with c.unlocked():
+    c.mesh = {"data" if row.method["name"] == "ddp" else "population": -1}
+    for option in c.method:
+      c.method[option] = None
+    c.method.update(row.method)
+    c.batch_size = workers * ROWS_OF_A_MEMBER[model]
+    c.evaluation.batch_size = workers
+  return c
+
+
+def measured(
+  c: ConfigDict, program: Any, report: inspect.Report
+) -> dict[str, Any]:
+  """What is kept of a compiled step; of one device."""
+  state, batch, _ = program.abstract()
+  params = getattr(state, "inner", state).params  # of the guard
+  if program.run.method.population:
+    of_one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    params = jax.tree.map(of_one, params)
+  told = report.to_json()
+  size = lambda x: math.prod(x.shape) * x.dtype.itemsize
+  return {
+    "parameters": sum(map(size, jax.tree.leaves(params))),
+    "wanted": _wanted(c, program, params, next(iter(batch.values()))),
+    "memory": told["memory"],
+    "wire_bytes": told["wire_bytes"],
+    "wire_bytes_by_kind": told["wire_bytes_by_kind"],
+    "model": told["model"],
+    "collectives": told["collectives"],
+  }
+
+
+def _wanted(c: ConfigDict, program: Any, params, inputs) -> float | None:
+  """Of WASH: rate x bytes x (N - 1) / N, summed over the layers' rates."""
+  if c.method.name != "wash":
+    return None
+  from distrain_jax import models
+
+  found = rates.layer_rates(
+    "wash",
+    params,
+    models.depths(program.model, inputs),
+    rate=c.method.rate,
+    layer_schedule=c.method.layer_schedule or "decreasing",
+    equal_volume=False,
+  )
+  moved = sum(
+    rate.sum() * x.size / max(rate.size, 1) * x.dtype.itemsize
+    for rate, x in zip(found, jax.tree.leaves(params))
+  )
+  trees = 3 if c.method.shuffle_optimizer else 1  # with AdamW's two moments
+  if c.optimizer.name == "momentum" and trees > 1:
+    trees = 2
+  n = program.run.workers
+  return trees * moved * (n - 1) / n
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+  """The table for README."""
+  headers = ("method", "sent, MB", "asked for, MB", "exposed, ms")
+  headers += ("temporaries, MB", "peak, GB")
+  lines = [headers, ("---", *["---:"] * 5)]
+  for x in found:
+    if "refused" in x:
+      lines.append((x["name"], x["refused"], *[""] * 4))
+      continue
+    wanted = "" if x["wanted"] is None else f"{x['wanted'] / 1e6:,.3f}"
+    lines.append(
+      (
+        x["name"],
+        f"{x['wire_bytes'] / 1e6:,.3f}",
+        wanted,
+        f"{1e3 * x['model']['exposed_communication_seconds']:.3f}",
+        f"{x['memory']['temporaries'] / 1e6:,.0f}",
+        f"{x['memory']['peak'] / 1e9:.2f}",
+      )
+    )
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def claims(found: list[dict[str, Any]]) -> list[str]:
+  """Sentences: what is promised, and what was compiled."""
+  by_name = {x["name"]: x for x in found if "refused" not in x}
+  base, said = by_name.get("ensemble"), []
+  for name, x in by_name.items():
+    if x["wanted"] is None:
+      continue
+    ratio = x["wire_bytes"] / x["wanted"]
+    holds = "holds" if abs(ratio - 1) < 0.1 else "DOES NOT HOLD"
+    said.append(
+      f"{name}: sends {ratio:.3f} of what its rates ask for, promised within "
+      f"10 %: {holds}."
+    )
+    if base is not None:
+      extra = x["memory"]["temporaries"] - base["memory"]["temporaries"]
+      share = extra / x["parameters"]
+      holds = "holds" if share < 0.05 else "DOES NOT HOLD"
+      said.append(
+        f"{name}: temporaries {share:+.2%} of the parameters beside the "
+        f"ensemble's, promised below 5 %: {holds}."
+      )
+  return said
