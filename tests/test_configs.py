@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from distrain_jax import data, train
 from distrain_jax.data import augment
 from distrain_jax.method import Variables
-from distrain_jax.train import experiment
+from distrain_jax.train import experiment, populations
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(
@@ -57,6 +57,12 @@ RUNS = {
   ("sdp/paper_imagenet", "vit_s16"): image("imagenet2012", 224, 3, 1000),
   ("sdp/text", None): text("stdlib_text", 128, 256),
   ("text", None): text("stdlib_text", 128, 256),
+  ("wash/digits", None): image("digits", 8, 1, 10),
+  ("wash/fashion_mnist", None): image("fashion_mnist", 28, 1, 10),
+  ("wash/paper_cifar", "cifar10"): image("cifar10", 32, 3, 10),
+  ("wash/paper_cifar", "cifar100"): image("cifar100", 32, 3, 100),
+  ("wash/paper_imagenet", None): image("imagenet2012", 224, 3, 1000),
+  ("wash/text", None): text("stdlib_text", 128, 256),
 }
 # file -> the argument that it takes where none is given
 DEFAULTS = dict(reversed(RUNS))
@@ -75,7 +81,8 @@ class Given(NamedTuple):
   head: str
   config: ConfigDict
   info: data.Info
-  model: Any  # shapes of what is trained
+  model: Any  # shapes of what is trained, by all members of a population
+  members: int
 
 
 def load(name):
@@ -94,8 +101,10 @@ def given(request):
   name, argument = request.param
   file, info = load(name), RUNS[request.param]
   c = file.get_config(argument)
-  model = jax.eval_shape(experiment.program(c, info).params)
-  return Given(name, file.__doc__, c, info, model)
+  program = experiment.program(c, info)
+  model = jax.eval_shape(program.params)
+  members = program.run.workers if populations.start_apart(c) else 1
+  return Given(name, file.__doc__, c, info, model, members)
 
 
 def test_every_file_is_tested():
@@ -114,7 +123,7 @@ def test_the_head_tells_the_command_and_the_number_of_parameters(given):
   assert f"launch/train.py --config=configs/{given.name}.py" in given.head
   model = given.model
   params = model.params if isinstance(model, Variables) else model
-  count = sum(x.size for x in jax.tree.leaves(params))
+  count = sum(x.size for x in jax.tree.leaves(params)) // given.members
   assert f"{count:,}" in re.findall(r"\d[\d,]*\d", given.head)
 
 
@@ -167,6 +176,9 @@ TINY = {
     "evaluation.recalibrate": 1,
   },
   "sdp/text": {"model.layers": 1},
+  "wash/digits": {},
+  "wash/fashion_mnist": {"model.width": 1 / 16, "evaluation.recalibrate": 1},
+  "wash/text": {"model.layers": 1},
 }
 
 

@@ -3,11 +3,12 @@ r"""WASH on scikit-learn's digits: four MLPs that stay averageable.
   python launch/train.py --config=configs/wash/digits.py --workdir=runs/wash \
     --devices=4
 
-The members start from different models and see the data in orders of their
-own. `test_accuracy` is that of their average; the others of the last lines are
-the members' own, their ensembles' and their greedy soup's. A plain ensemble,
-whose average is of no use: --config.method.name=ensemble, with
---config.method.rate=None.
+42,634 parameters a member, 20 s on 2 busy CPU cores. The members start from
+different models and see the data in orders of their own. `test_accuracy` is
+that of their average; the other scores of the last lines are the members' own,
+their ensembles' and their greedy soup's. Three seeds (jax 0.10.2): the average
+0.976, the ensemble 0.980. The average of a plain ensemble is of no use, 0.24:
+--config.method.name=ensemble.
 """
 
 from distrain_jax.train import default_config, model_config, quick_or

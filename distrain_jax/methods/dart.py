@@ -7,7 +7,6 @@ https://arxiv.org/abs/2302.14685.
 The branches differ in augmentation or domain: see `data.mixing`.
 """
 
-from collections.abc import Sequence
 from numbers import Integral, Real
 
 import jax
@@ -32,8 +31,8 @@ def dart(
   opt_state: str = "kept",
   accumulate: int = 1,
   clip_norm: float | None = None,
-  learning_rates: Sequence[float] | None = None,
-  leave: Sequence[int] = (),
+  learning_rates: tuple[float, ...] | None = None,
+  leave: tuple[int, ...] = (),
   inner: str | None = None,
 ) -> Method:
   """DART around any loss, optimizer and pytree.

@@ -1,7 +1,5 @@
 """An ensemble: members that train alone and never speak of it."""
 
-from collections.abc import Sequence
-
 import optax
 
 from distrain_jax.method import LossFn, Method, StatefulLoss
@@ -15,8 +13,8 @@ def ensemble(
   axis: str = "population",
   accumulate: int = 1,
   clip_norm: float | None = None,
-  learning_rates: Sequence[float] | None = None,
-  leave: Sequence[int] = (),
+  learning_rates: tuple[float, ...] | None = None,
+  leave: tuple[int, ...] = (),
   inner: str | None = None,
 ) -> Method:
   """Independent training of a population; only the metrics travel.

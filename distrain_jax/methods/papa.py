@@ -6,7 +6,6 @@ Parameter Averaging (PAPA)", 2023, https://arxiv.org/abs/2304.03094.
 Pulled are the weights and the running statistics; optimizers' states stay.
 """
 
-from collections.abc import Sequence
 from numbers import Integral, Real
 
 import jax
@@ -34,8 +33,8 @@ def papa(
   stop_after: int | None = None,
   accumulate: int = 1,
   clip_norm: float | None = None,
-  learning_rates: Sequence[float] | None = None,
-  leave: Sequence[int] = (),
+  learning_rates: tuple[float, ...] | None = None,
+  leave: tuple[int, ...] = (),
   inner: str | None = None,
 ) -> Method:
   """PAPA, PAPA-all or PAPA-2 around any loss, optimizer and pytree.

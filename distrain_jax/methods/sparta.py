@@ -10,7 +10,6 @@ the same; their distance from it shrinks.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -34,8 +33,8 @@ def sparta(
   schedule: sparse.Schedule | None = None,
   accumulate: int = 1,
   clip_norm: float | None = None,
-  learning_rates: Sequence[float] | None = None,
-  leave: Sequence[int] = (),
+  learning_rates: tuple[float, ...] | None = None,
+  leave: tuple[int, ...] = (),
   inner: str | None = None,
 ) -> Method:
   """Sparse averaging; arguments and errors as of `wash`.

@@ -16,7 +16,6 @@ the K chosen values, and no index.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -44,8 +43,8 @@ def wash(
   schedule: sparse.Schedule | None = None,
   accumulate: int = 1,
   clip_norm: float | None = None,
-  learning_rates: Sequence[float] | None = None,
-  leave: Sequence[int] = (),
+  learning_rates: tuple[float, ...] | None = None,
+  leave: tuple[int, ...] = (),
   inner: str | None = None,
 ) -> Method:
   """WASH around any loss, optimizer and pytree.

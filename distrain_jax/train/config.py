@@ -232,7 +232,7 @@ def options_of(factory) -> list[str]:
 def _field_type(hint) -> type:
   """bool, int, float or str; dtypes and choices are given as strings."""
   kinds = typing.get_args(hint) or (hint,)
-  if tuple in kinds or typing.get_origin(hint) is tuple:
+  if tuple in (hint, *kinds, *map(typing.get_origin, (hint, *kinds))):
     return tuple
   for kind in (bool, int, float):
     if kind in kinds and str not in kinds:

@@ -167,11 +167,19 @@ class _Loop:
     # Those that the run skipped before it was told to stop are forgiven.
     if not bad and values.get("bad_steps", 0) <= self.bad_steps:
       return
+    who = ""
+    if "worst_member" in values:
+      n = int(values["worst_member"])
+      who = (
+        f"Member {n} has the largest loss; the others can go on without it: one "
+        f"worker fewer in --config.mesh, --config.method.leave='({n},)' and the "
+        "batch that fits. "
+      )
     latest = f"The latest checkpoint, of step {self.saved}, is from before."
     raise BadStep(
       f"Step {step}: {bad or watched} "
       f"{'is not finite' if bad else 'is far above its running mean'}. "
-      f"{latest if self.saved else 'There is no checkpoint yet.'} Lower "
+      f"{latest if self.saved else 'There is no checkpoint yet.'} {who}Lower "
       "--config.optimizer.learning_rate or set --config.method.clip_norm, or "
       "go on without such steps: --config.bad_step.action=skip."
     )

@@ -48,10 +48,8 @@ def config(row: str):
   c = fashion_mnist.get_config()
   with c.unlocked():
     c.steps = STEPS
-    c.model.stem = "imagenet"
-    c.model.width = 1 / 4
-    c.evaluation.batch_size = 512
     c.checkpoint.every = 0
+    c.method.rate = None
     c.method.update(ROWS[row])
     if row == "ddp":
       c.mesh = {"data": DEVICES}
