@@ -1,5 +1,6 @@
 """`simulate` and `distribute`: the same method on one device or on a mesh."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -45,6 +46,8 @@ class Run(NamedTuple):
   drain: Callable[..., Any] | None = None
   # What makes a per-worker function one of global arrays; see `spmd.Runner`.
   runner: spmd.Runner | None = None
+  # Whether `init` and `abstract` take models with a leading worker axis.
+  apart: bool = False
 
 
 def simulate(
@@ -133,6 +136,15 @@ def distribute(
     replicas=mesh.shape[method.replicas] if method.replicas else 1,
     per_device=per_device,
     rows_over=tuple(rows_over),
+  )
+
+
+def starting_apart(run: Run) -> Run:
+  """The run with `per_worker=True` in all that takes it."""
+  return run._replace(
+    init=functools.partial(run.init, per_worker=True),
+    abstract=functools.partial(run.abstract, per_worker=True),
+    apart=True,
   )
 
 

@@ -4,14 +4,17 @@ r"""Every method on scikit-learn's digits: one table, one picture.
   python launch/quickstart.py        # in yours
 
 Eight workers on simulated CPU devices train a small MLP; as many stages of a
-reversible one where the method takes a network in stages. Interrupted, it goes
-on where it was; finished methods are not trained again.
+reversible one where the method takes a network in stages. The members of a
+population start from different models (those of dart from one), and train for
+twice as many steps. Interrupted, it goes on where it was; finished methods are
+not trained again.
 """
 
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from distrain_jax import inspect, methods, spmd, train
 from distrain_jax.train import curves
@@ -19,6 +22,7 @@ from distrain_jax.train import curves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs import digits
 from configs.petra import digits as petra_digits
+from configs.wash import digits as wash_digits
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where runs go.")
 STEPS = flags.DEFINE_integer("steps", None, "Of each run; unset: the config's.")
@@ -26,6 +30,13 @@ WORKERS = 8
 AVERAGED = 120  # steps: whole rounds of all that exchange every so many
 
 ROWS = tuple(methods.FACTORIES)  # one a method, in their order
+POPULATION_STEPS = 600
+SETTINGS = {  # of config.method, for so short a run
+  "wash": {"rate": 0.1},  # 60 shuffles of a weight of the first layer
+  "sparta": {"rate": 0.1},
+  "papa": {"alpha": 0.9},
+  "dart": {"joint_steps": POPULATION_STEPS // 2, "every": 50},
+}
 HEADERS = (
   "method",
   "test accuracy",
@@ -33,6 +44,10 @@ HEADERS = (
   "bytes a worker sends per step, on average",
   "bytes of state a worker holds",
 )
+NOTE = f"""\
+Of {", ".join(methods.POPULATIONS)}: the members' average is evaluated.
+Those of an ensemble share nothing, so that their average is of no use; their
+mean prediction, which is, is not in this table."""
 
 
 def main(argv) -> None:
@@ -48,21 +63,23 @@ def main(argv) -> None:
   picture = folder / "quickstart.png"
   draw(table, runs, picture)
   print("\n" + format_table(table))
+  print(f"\n{NOTE}")
   print(f"\ncurves: {picture}")
 
 
 def one(method: str, folder: Path) -> tuple[str, ...]:
   """Trains one method and returns its row."""
-  pipelined = method in methods.PIPELINED
-  config = (petra_digits if pipelined else digits).get_config()
-  config.method.name = method
+  config = config_of(method)
   if STEPS.value is not None:
     config.steps = STEPS.value
   experiment = train.build(config)
   result = train.train(experiment, folder, label=method)
   run, x = experiment.run, experiment
   batch = run.put(next(x.batches()))
-  sent = inspect.bytes_sent(run, result.state, batch, x.key, steps=AVERAGED)
+  state, steps = result.state, AVERAGED
+  if method == "dart":  # its halves differ: of all steps, from the first on
+    state, steps = run.init(x.key, x.params()), config.steps
+  sent = inspect.bytes_sent(run, state, batch, x.key, steps=steps)
   return (
     method,
     f"{result.metrics['test_accuracy']:.4f}",
@@ -72,16 +89,33 @@ def one(method: str, folder: Path) -> tuple[str, ...]:
   )
 
 
+def config_of(method: str) -> ConfigDict:
+  """What a method trains, and how."""
+  base = petra_digits if method in methods.PIPELINED else digits
+  config = base.get_config()
+  if method in methods.POPULATIONS:
+    config = wash_digits.get_config()
+    config.model = digits.get_config().model  # so that bytes compare
+    config.steps = POPULATION_STEPS
+    config.evaluation.members = False
+    config.evaluation.every = config.checkpoint.every = 100
+    config.population.same_init = method == "dart"  # its first half is joint
+  config.method.name = method
+  config.method.update(SETTINGS.get(method, {}))
+  return config
+
+
 def draw(table, runs, path: Path) -> None:
   """What was learned, and what it cost: curves above, bytes below."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(9.6, 7), layout="constrained")
+  figure = Figure(figsize=(9.6, 8), layout="constrained")
   FigureCanvasAgg(figure)
-  above, below = figure.subplots(2, 2, height_ratios=(4, 3))
+  above, below = figure.subplots(2, 2)
   for axes, metric in zip(above, ("loss", "validation_accuracy")):
     curves.panel(axes, runs, metric)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
   methods_shown = [row[0] for row in table[1:]]
   for axes, column in zip(below, (3, 4)):
     sizes = [float(row[column].replace(",", "")) / 1024 for row in table[1:]]

@@ -217,7 +217,11 @@ def saved_workers(folder: Path, step: int | None = None) -> tuple[int, int]:
 
 def _of_other_workers(run: Run, workers: int, key, params) -> Any:
   """Shapes of the state that `workers` workers had, on this run's mesh."""
-  shapes = simulate(run.method, workers=workers).abstract(key, params)
+  if run.apart:
+    of = lambda x: jax.ShapeDtypeStruct((workers, *x.shape[1:]), x.dtype)
+    params = jax.tree.map(of, params)
+  of_others = simulate(run.method, workers=workers)
+  shapes = of_others.abstract(key, params, per_worker=run.apart)
   if run.mesh is None:
     return shapes
   axis = run.method.axis

@@ -1,6 +1,5 @@
 """From a config to everything that a run needs, all of it checked."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,10 +126,7 @@ def program(
   if populations.start_apart(c):
     start = populations.init(start, populations.numbers(c, run.workers))
     shardings = populations.stacked(shardings, mesh, axis)
-    run = run._replace(
-      init=functools.partial(run.init, per_worker=True),
-      abstract=functools.partial(run.abstract, per_worker=True),
-    )
+    run = runners.starting_apart(run)
 
   def params():
     key = jax.random.fold_in(jax.random.key(c.seed), 0)

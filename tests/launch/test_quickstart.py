@@ -22,6 +22,10 @@ def test_quickstart_has_a_row_for_every_method_and_a_picture(tmp_path):
     accuracy, loss, sent, held = rows[method]
     assert 0 < float(accuracy) < 1 and float(loss) > 0
     assert int(sent.replace(",", "")) > 0 and int(held.replace(",", "")) > 0
+  sent = {m: int(rows[m][2].replace(",", "")) for m in methods.FACTORIES}
+  assert min(sent, key=sent.get) == "ensemble"
+  assert sent["wash"] < sent["sparta"]
+  assert "members' average" in done.stdout
   picture = Path(lines[-1].removeprefix("curves: "))
   assert picture.read_bytes().startswith(b"\x89PNG")
 
