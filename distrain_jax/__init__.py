@@ -13,6 +13,20 @@ import importlib
 
 from distrain_jax import spmd as spmd
 from distrain_jax import stages as stages
+from distrain_jax.learned import MuInfo as MuInfo
+from distrain_jax.learned import coord_check as coord_check
+from distrain_jax.learned import init_theta as init_theta
+from distrain_jax.learned import load_theta as load_theta
+from distrain_jax.learned import mulo as mulo
+from distrain_jax.learned import mup_adamw as mup_adamw
+from distrain_jax.learned import mup_info as mup_info
+from distrain_jax.learned import mup_multipliers as mup_multipliers
+from distrain_jax.learned import mup_sgd as mup_sgd
+from distrain_jax.learned import save_theta as save_theta
+from distrain_jax.learned import scale_by_mulo as scale_by_mulo
+from distrain_jax.learned import scale_by_mup as scale_by_mup
+from distrain_jax.learned import theta_from_torch as theta_from_torch
+from distrain_jax.learned import theta_to_torch as theta_to_torch
 from distrain_jax.method import Method as Method
 from distrain_jax.method import StatefulLoss as StatefulLoss
 from distrain_jax.method import Variables as Variables
@@ -47,8 +61,10 @@ _PACKAGES = ("data", "inspect", "models", "soups", "train")
 def __getattr__(name: str):
   if name in _PACKAGES:
     return importlib.import_module(f"distrain_jax.{name}")
+  if name == "mulo_meta":
+    return importlib.import_module("distrain_jax.learned.meta")
   raise AttributeError(f"module 'distrain_jax' has no attribute {name!r}")
 
 
 def __dir__():
-  return sorted([*globals(), *_PACKAGES])
+  return sorted([*globals(), *_PACKAGES, "mulo_meta"])

@@ -141,3 +141,34 @@ def test_petra_shows_what_its_text_says(outputs):
   assert one[4] == pytest.approx(one[1], abs=1)  # as long as the longest
   assert none == list(map(int, row("reversible +input")))
   assert "2 pipeline(s) of 4 stage(s), 8 device(s)" in text
+
+
+def test_wash_shows_what_its_text_says(outputs):
+  text, pictures = outputs("wash")
+  number = lambda pattern: float(re.search(pattern, text)[1])
+  assert pictures == 3
+  # A shuffle moves neither the average nor the distance from it.
+  assert text.count("average {1.5}, squared distance from it 50.0") == 4
+  assert "after  0 steps: 100% where they were" in text
+  assert number(r"after 20 steps: +(\d+)% where they were") < 45
+  # accuracy of the ensemble and the average; losses of both
+  row = lambda name: re.search(
+    rf"\n{name} +accuracy .* (\S+) +(\S+)\n +loss +(\S+) +(\S+) .* (\S+)\)",
+    text,
+  )
+  found = {x: [*map(float, row(x).groups())] for x in ("ensemble", "wash")}
+  together, useless, best, large, apart = found["ensemble"]
+  _, average, _, small, near = found["wash"]
+  assert useless < 0.7 and large > 10 * best
+  assert average > together - 0.02 and small < 2 * best
+  assert near > 0.7 * apart
+  assert number(r"ensemble +barrier (\S+),") > 0.1
+  assert number(r"wash +barrier (\S+),") < 0.02
+  assert re.search(r"ensemble +soup of members \(\d,\)", text)
+  bytes_of = lambda x: number(rf"\n{x} +\S+ bytes a step, (\S+) of DDP")
+  assert bytes_of("wash") < 0.01 and bytes_of("ensemble") < 0.001
+  assert bytes_of("papa") == pytest.approx(0.1, abs=0.001)
+  assert bytes_of("sparta") == pytest.approx(0.02, abs=0.001)
+  assert text.count("members [0, 1, 3] are as they were: True") == 2
+  assert "after 800 steps" in text
+  assert "8 members on 8 device(s)" in text

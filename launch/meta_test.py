@@ -1,0 +1,259 @@
+r"""Tests a learned optimizer on tasks that it was not meta-trained on.
+
+  python launch/meta_test.py                             # the shipped weights
+  python launch/meta_test.py --theta=runs/mulo/theta.safetensors --seeds=1
+
+Wider, deeper and longer than in meta-training, other data, a conv net and a
+transformer; against AdamW and muP's AdamW, with a default rate and with the
+best of several for each task by itself, and SGD likewise. The learned one is
+tuned nowhere. Writes results/mulo.json and mulo.png, and prints a table.
+"""
+
+import functools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+THETA = flags.DEFINE_string("theta", None, "A file; unset: the shipped one.")
+TWIN = flags.DEFINE_string("twin", None, "One made without muP, beside it.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, from seed 0.", 1)
+STEPS = flags.DEFINE_integer("steps", 500, "Of a trajectory.", 1)
+OUT = flags.DEFINE_string("out", "results", "Where mulo.json and .png go.")
+TASKS = flags.DEFINE_multi_string("task", None, "Only these; unset: all.")
+
+RATES = {
+  "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+  "mup_adamw": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+  "sgd": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+}
+DEFAULT = {"adamw": 1e-3, "mup_adamw": 1e-1, "sgd": 1e-1}
+WIDTHS = (16, 32, 64, 128, 256, 512)  # of the picture
+SEEN = (16, 64)  # in meta-training, on the same data
+
+
+class Case(NamedTuple):
+  """A task, in both parametrisations."""
+
+  make: Callable[[bool], Any]  # (mup) -> Task
+  steps: int
+  seen: str  # how it differs from what was meta-trained on
+
+
+@functools.cache
+def resident(name: str, pool: int):
+  """As the meta-training's."""
+  from launch import meta_train
+
+  return meta_train.resident(name, pool)
+
+
+def mlp(data: str, pool: int, widths: tuple[int, ...]):
+  """(mup) -> an MLP's task."""
+  from distrain_jax.learned import meta
+
+  return lambda mup: meta.mlp_task(resident(data, pool), widths, mup=mup)
+
+
+def text(embed: int):
+  """(mup) -> a transformer on the standard library's sources, by bytes."""
+  import pathlib
+
+  import numpy as np
+
+  from distrain_jax.learned import meta
+
+  folder = pathlib.Path(json.__file__).parent
+  raw = b"".join(p.read_bytes() for p in sorted(folder.glob("*.py")))
+  tokens = np.frombuffer(raw, np.uint8)
+  return lambda mup: meta.text_task(tokens, embed, mup=mup)
+
+
+def conv(width: int):
+  """(mup) -> a conv net's task on Fashion-MNIST at 14 x 14."""
+  from distrain_jax.learned import meta
+
+  data = lambda: resident("fashion_mnist", 2)
+  return lambda mup: meta.conv_task(data(), width, mup=mup)
+
+
+def cases(steps: int) -> dict[str, Case]:
+  """Name -> case."""
+  found = {
+    f"MLP, {w} wide": Case(
+      mlp("fashion_mnist", 4, (w,) * 3), steps, "" if w in SEEN else "width"
+    )
+    for w in WIDTHS
+  }
+  return {
+    **found,
+    "MLP, 9 layers": Case(mlp("fashion_mnist", 4, (64,) * 9), steps, "depth"),
+    "MLP, 5 x longer": Case(
+      mlp("fashion_mnist", 4, (64,) * 3), 5 * steps, "steps"
+    ),
+    "MLP, 28 x 28 pixels": Case(
+      mlp("fashion_mnist", 1, (64,) * 3), steps, "inputs"
+    ),
+    "MLP, teacher": Case(mlp("teacher", 1, (64,) * 3), steps, "data"),
+    "conv net": Case(conv(16), steps, "architecture"),
+    "transformer": Case(text(32), steps, "architecture, data"),
+  }
+
+
+def makers(task, theta, twin) -> dict[str, tuple[Callable, list[Any]]]:
+  """Optimizer -> (setting -> transform), settings; by parametrisation."""
+  import optax
+
+  from distrain_jax import learned
+
+  mup = task.mup != 1.0
+  if mup:
+    found = {
+      "mulo": (lambda x: learned.mulo(x, mup=task.mup), [theta]),
+      "mup_adamw": (
+        lambda x: learned.mup_adamw(x, task.mup),
+        list(RATES["mup_adamw"]),
+      ),
+    }
+    return found
+  found = {
+    "adamw": (lambda x: optax.adamw(x), list(RATES["adamw"])),
+    "sgd": (lambda x: optax.sgd(x, momentum=0.9), list(RATES["sgd"])),
+  }
+  if twin is not None:
+    size, numbers = twin
+    found["lo_sp"] = (
+      lambda x: learned.mulo(x, mup=1.0, step_mult=size),
+      [numbers],
+    )
+  return found
+
+
+def run(case: Case, theta, twin, seeds: int) -> dict[str, Any]:
+  """Final training losses of each optimizer, by rate where it has one."""
+  import jax
+  import numpy as np
+
+  from distrain_jax.learned import meta
+
+  result: dict[str, Any] = {}
+  for mup in (True, False):
+    task = case.make(mup)
+    data = jax.device_put(task.data)
+    for name, (make, settings) in makers(task, theta, twin).items():
+      go = meta.trained(task, make, case.steps)
+
+      def last(setting, seed, go=go, data=data):
+        losses = np.asarray(go(setting, data, jax.random.key(seed))[1])
+        return float(np.mean(losses[-max(1, len(losses) // 20) :]))
+
+      if name not in RATES:
+        result[name] = [last(settings[0], s) for s in range(seeds)]
+        continue
+      first = {rate: last(rate, 0) for rate in settings}
+      finite = lambda x: x if math.isfinite(x) else math.inf
+      best = min(first, key=lambda r: finite(first[r]))
+      chosen = {name: DEFAULT[name], f"{name}, tuned": best}
+      for label, rate in chosen.items():
+        more = [last(rate, s) for s in range(1, seeds)]
+        result[label] = [first[rate], *more]
+      result[f"{name}, best rate"] = best
+  return result
+
+
+def cell(values: list[float]) -> str:
+  """Mean and, of several, standard deviation."""
+  mean = statistics.fmean(values)
+  if len(values) == 1 or not math.isfinite(mean):
+    return f"{mean:.3f}"
+  return f"{mean:.3f} ± {statistics.stdev(values):.3f}"
+
+
+def table(results: dict[str, Any]) -> str:
+  """Markdown: a line a task, a column an optimizer."""
+  names = [
+    n
+    for n in next(iter(results.values()))["losses"]
+    if not n.endswith("best rate")
+  ]
+  lines = ["| task | new | " + " | ".join(names) + " |"]
+  lines.append("|" + "---|" * (len(names) + 2))
+  for task, x in results.items():
+    cells = " | ".join(cell(x["losses"][n]) for n in names)
+    lines.append(f"| {task} | {x['new']} | {cells} |")
+  return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+  """Loss against width."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  rows = {w: results.get(f"MLP, {w} wide") for w in WIDTHS}
+  rows = {w: x["losses"] for w, x in rows.items() if x}
+  if not rows:
+    return
+  figure = Figure(figsize=(6, 4), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  names = [n for n in next(iter(rows.values())) if not n.endswith("best rate")]
+  for name in names:
+    means = [statistics.fmean(x[name]) for x in rows.values()]
+    style = {"lw": 2.5, "color": "black"} if name == "mulo" else {"lw": 1}
+    axes.plot(list(rows), means, marker="o", ms=3, label=name, **style)
+  axes.set(xscale="log", yscale="log", xlabel="width", ylabel="training loss")
+  axes.set_xticks(list(rows), [str(w) for w in rows])
+  axes.minorticks_off()
+  axes.set_title("Fashion-MNIST at 7 x 7, three hidden layers")
+  axes.legend(fontsize="small")
+  figure.savefig(path, dpi=130)
+
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {argv[1:]}")
+  known = cases(STEPS.value)
+  chosen = TASKS.value or list(known)
+  for name in chosen:
+    if name not in known:
+      raise app.UsageError(f"--task={name}: one of {'; '.join(known)}.")
+  import jax
+
+  from distrain_jax import learned
+  from distrain_jax.learned import storage
+
+  if THETA.value:
+    theta, about = learned.load_theta(THETA.value)
+  else:
+    theta, about = storage.shipped("meta_test", True)[0], {"theta": "shipped"}
+  twin = None
+  if TWIN.value:
+    numbers, told = learned.load_theta(TWIN.value)
+    twin = (float(told["step_mult"]), numbers)
+  out, results = Path(OUT.value), {}
+  out.mkdir(parents=True, exist_ok=True)
+  for name in chosen:
+    losses = run(known[name], theta, twin, SEEDS.value)
+    results[name] = {"new": known[name].seen, "losses": losses}
+    print(f"{name}: {losses}", flush=True)
+    whole = {
+      "theta": about,
+      "steps": STEPS.value,
+      "jax": jax.__version__,
+      "results": results,
+    }
+    (out / "mulo.json").write_text(json.dumps(whole, indent=1) + "\n")
+  print(table(results))
+  draw(results, out / "mulo.png")
+
+
+if __name__ == "__main__":
+  app.run(main)
