@@ -1,8 +1,8 @@
 """WASH and its neighbours on images: populations of four, equal updates.
 
 Fashion-MNIST, a ResNet-18 of a quarter of the width in its form for large
-images, which takes 7 x 7 values to its blocks here. Each member starts from a
-model of its own and sees 32 images an update, in an order of its own.
+images, which takes 7 x 7 values to its blocks here. Each member but DART's starts
+from a model of its own and sees 32 images an update, in an order of its own.
 BatchNorm's statistics are estimated anew for every model that is evaluated.
 One learning rate for all, with a cosine to 0. `ddp` is one model that sees all
 128 images of an update.
@@ -63,6 +63,8 @@ def config(row: str):
     c.checkpoint.every = 0
     c.method.rate = None  # the config's own
     c.method.update(ROWS[row])
+    # DART's first phase trains one model.
+    c.population.same_init = row == "dart"
     if row == "ddp":
       c.mesh = {"data": DEVICES}
       c.evaluation.members = False
