@@ -20,12 +20,23 @@ SHELL = [
 
 
 def test_the_readme_has_the_examples_that_are_tested_here():
-  assert len(PYTHON) == 6
+  assert len(PYTHON) == 8
   assert [c for c in SHELL if "configs/digits.py" in c and "local" not in c]
 
 
 @pytest.mark.parametrize(
-  "code", PYTHON, ids=["notebook", "library", "acco", "sdp", "petra", "inspect"]
+  "code",
+  PYTHON,
+  ids=[
+    "notebook",
+    "library",
+    "acco",
+    "sdp",
+    "petra",
+    "wash",
+    "mulo",
+    "inspect",
+  ],
 )
 def test_python_examples_run(code):
   names = {}

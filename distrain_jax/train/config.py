@@ -231,8 +231,11 @@ def options_of(factory) -> list[str]:
 
 def _field_type(hint) -> type:
   """bool, int, float or str; dtypes and choices are given as strings."""
+  if typing.get_origin(hint) is tuple:
+    return tuple
   kinds = typing.get_args(hint) or (hint,)
-  if tuple in (hint, *kinds, *map(typing.get_origin, (hint, *kinds))):
+  some = [kind for kind in kinds if kind is not type(None)]
+  if all(tuple in (kind, typing.get_origin(kind)) for kind in some):
     return tuple
   for kind in (bool, int, float):
     if kind in kinds and str not in kinds:
