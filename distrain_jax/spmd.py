@@ -178,7 +178,8 @@ def mesh_runner(
   """
   mesh, axes = auto_mesh(mesh), _names(axis)
   if inner is not None:
-    return _sharing_runner(mesh, axes[0], *inner)
+    (axis,) = axes  # replicas have no workers that share a device
+    return _sharing_runner(mesh, axis, *inner)
   workers = math.prod(mesh.shape[a] for a in axes)
   if workers == 1 and mesh.size > 1:
     return vmap_runner(axes, [1] * len(axes))

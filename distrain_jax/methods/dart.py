@@ -51,7 +51,8 @@ def dart(
       (https://arxiv.org/abs/2302.14685, step 3), below 1 it keeps 1 - weight
       of itself.
     opt_state: at an average, "kept" by each member as in the authors' code,
-      "averaged" (its floating leaves) or "reset" to what it was at the start.
+      "averaged", or "reset" to what it was at the start; of the last two its
+      floating leaves, since counts go on.
 
   Returns:
     A `Method`; its `params` is the members' average. Metrics as of `wash`.
@@ -69,13 +70,17 @@ def dart(
   def aggregate(member: members.Member, step, key):
     del step, key
     mine = (member.params, member.model_state)
-    means = local_steps.mean((*mine, member.opt_state), axes)
+    more = (member.opt_state,) if opt_state == "averaged" else ()
+    means = local_steps.mean((*mine, *more), axes)
     blend = lambda w, m: averages.mix(w, m, weight)
     member = averages.with_model(member, jax.tree.map(blend, mine, means[:2]))
     if opt_state == "averaged":
       member = member._replace(opt_state=means[2])
     if opt_state == "reset":
-      member = member._replace(opt_state=tx.init(member.params))
+      fresh = tx.init(member.params)
+      member = member._replace(
+        opt_state=jax.tree.map(_reset, member.opt_state, fresh)
+      )
     return member
 
   def which(step, key):
@@ -89,6 +94,11 @@ def dart(
   if joint_steps:
     phases.append(joint)
   return members.population("dart", loss_fn, tx, options, phases, which)
+
+
+def _reset(old, new):
+  """What is counted goes on, as the schedule of a learning rate must."""
+  return new if jnp.issubdtype(new.dtype, jnp.floating) else old
 
 
 def _check(joint_steps, every, weight, opt_state) -> None:

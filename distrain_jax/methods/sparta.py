@@ -46,7 +46,7 @@ def sparta(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
   members.check_options("sparta", options)
-  which = sparse.Sparse(
+  chosen = sparse.Sparse(
     rate,
     layer_schedule,
     equal_volume,
@@ -56,7 +56,7 @@ def sparta(
     tied,
     schedule,
   )
-  sparse.check("sparta", which)
+  sparse.check("sparta", chosen)
   average = functools.partial(swapping.average_parts, axes=options.axes)
 
   def exchange(member: members.Member, rates, key):
@@ -65,5 +65,5 @@ def sparta(
     )
     return member._replace(params=params)
 
-  phases, when = sparse.phases("sparta", options, which, exchange)
-  return members.population("sparta", loss_fn, tx, options, phases, when)
+  phases, which = sparse.phases("sparta", chosen, exchange)
+  return members.population("sparta", loss_fn, tx, options, phases, which)

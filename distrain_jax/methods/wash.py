@@ -104,7 +104,7 @@ def wash(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
   members.check_options("wash", options)
-  which = sparse.Sparse(
+  chosen = sparse.Sparse(
     rate,
     layer_schedule,
     equal_volume,
@@ -114,7 +114,7 @@ def wash(
     tied,
     schedule,
   )
-  sparse.check("wash", which)
+  sparse.check("wash", chosen)
   if shuffle not in SHUFFLES:
     raise ValueError(
       f"wash: `shuffle` is one of {', '.join(SHUFFLES)}; got {shuffle!r}."
@@ -135,5 +135,5 @@ def wash(
       member = member._replace(opt_state=rebuild(trees[1:]))
     return member
 
-  phases, when = sparse.phases("wash", options, which, exchange)
-  return members.population("wash", loss_fn, tx, options, phases, when)
+  phases, which = sparse.phases("wash", chosen, exchange)
+  return members.population("wash", loss_fn, tx, options, phases, which)

@@ -14,7 +14,7 @@ def mix(x: jax.Array, y: jax.Array, weight) -> jax.Array:
   if not jnp.issubdtype(x.dtype, jnp.floating):
     return x
   wide, other = at_least_float32(x), at_least_float32(y)
-  return (wide + weight * (other - wide)).astype(x.dtype)
+  return ((1 - weight) * wide + weight * other).astype(x.dtype)
 
 
 def with_model(member: Member, model: tuple[Any, Any]) -> Member:

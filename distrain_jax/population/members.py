@@ -70,6 +70,12 @@ def check_options(name: str, options: Options) -> None:
   """Raises ValueError, in the name of the factory, for what cannot be."""
   gradients.check_accumulate(name, options.accumulate)
   gradients.check_clip_norm(name, options.clip_norm)
+  for field in ("learning_rates", "leave"):
+    value = getattr(options, field)
+    if value is not None and not isinstance(value, Sequence):
+      raise ValueError(
+        f"{name}: `{field}` is a tuple of numbers, such as (1,); got {value!r}."
+      )
   rates = options.learning_rates
   if rates is not None and not all(_above_0(x) for x in rates):
     raise ValueError(
@@ -129,7 +135,6 @@ def population(
 
   def init(key, model):
     del key  # nothing random: the caller draws each member's model
-    _check_size(name, options)
     local, model_state = local_steps.start(loss_fn, tx, model)
     here = numbers(jax.lax.axis_size(axes), options.leave)
     return PopulationState(
@@ -174,6 +179,7 @@ def population(
     return fn(variables.own(loss_fn, state.params, state.model_state))
 
   def reshard(state: PopulationState, members: int) -> PopulationState:
+    _check_leave(name, state.number.shape[0], members, options.leave)
     here = jnp.asarray(numbers(members, options.leave), jnp.int32)
     parts = _restack(state[2:], _continued(state, here))
     return PopulationState(state.step, here, *parts)
@@ -214,14 +220,18 @@ def _metrics(g: gradients.Gradient, norm, axes, here: Sequence[int]):
   # One message; a loss that is not finite stays its member's own.
   mine = jnp.arange(members) == me
   losses = jnp.where(mine, g.loss, 0)
-  losses, (aux, norm) = jax.lax.psum((losses, (g.aux, norm)), axes)
+  # Who has a gradient that is not finite is to blame, whatever its loss.
+  blame = jnp.where(mine, jnp.where(jnp.isfinite(norm), g.loss, jnp.nan), 0)
+  losses, blame, (aux, norm) = jax.lax.psum(
+    (losses, blame, (g.aux, norm)), axes
+  )
   aux, norm = jax.tree.map(lambda x: x / members, (aux, norm))
   return {
     **aux,
     "loss": losses.mean(),
     "grad_norm": norm,
     "worst_loss": losses.max(),
-    "worst_member": jnp.asarray(here, jnp.int32)[losses.argmax()],
+    "worst_member": jnp.asarray(here, jnp.int32)[blame.argmax()],
   }
 
 
@@ -245,19 +255,29 @@ def _check_size(name: str, options: Options) -> None:
     )
 
 
+def _check_leave(name: str, old: int, new: int, leave: Sequence[int]) -> None:
+  """Nobody is dropped without being named."""
+  if new < old and len(leave) < old - new:
+    raise ValueError(
+      f"{name}: the state has {old} members, {old - new} of whom would be lost "
+      f"in a population of {new}. Say who leaves: leave=(number, ...); in a "
+      "config, --config.method.leave='(2,)'."
+    )
+
+
 class _Continued(NamedTuple):
   """Whose state the members of another population go on with."""
 
   at: jax.Array  # (M,), int32: place among the old members
   known: jax.Array  # (M,), bool: False for those who join
-  sound: jax.Array  # (N,), bool: old members whose weights are finite
+  sound: jax.Array  # (N,), bool: old members that are finite in all they hold
 
 
 def _continued(state: PopulationState, here: jax.Array) -> _Continued:
   """Members `here` (M,) of a state of N; a number that is new joins."""
   members = state.number.shape[0]
   sound = jnp.ones(members, bool)
-  for x in jax.tree.leaves(state.params):
+  for x in jax.tree.leaves(state[2:]):
     if jnp.issubdtype(x.dtype, jnp.inexact):
       sound &= jnp.isfinite(x).reshape(members, -1).all(1)
   same = (here[:, None] == state.number[None]) & sound[None]

@@ -3,6 +3,7 @@
 Letters in shapes: a leaf of `layers` stacked layers has them on its first axis.
 """
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -89,7 +90,7 @@ def layer_rates(
     raise ValueError(
       f"{name}: rate={rate} with layer_schedule={layer_schedule!r} and "
       f"equal_volume=True asks for {rate * most:.3g} of some layer. Lower the "
-      f"rate to {1 / most:.3g} or less."
+      f"rate to {math.floor(1000 / most) / 1000:g} or less."
     )
   return [rate * share for share in shares]
 

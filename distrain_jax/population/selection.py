@@ -3,7 +3,8 @@
 All members compute the same choice from a key that they share, so that only
 values travel. The number of them is static; where rounding up to it would take
 too many, a shared draw leaves some in their place, so that every coordinate of
-a layer is moved with exactly the layer's rate.
+a layer is moved with exactly the layer's rate. That holds up to a rate of (n
+rounded down to a multiple of N) / n: of fewer than N coordinates none moves.
 
 Letters in shapes: N members, k chosen coordinates of n.
 """
@@ -77,7 +78,7 @@ def make_plan(
     for i, (shape, rate) in enumerate(zip(shapes, rates))
     if rate.max(initial=0) > 0
     and math.prod(shape) <= _SMALL
-    and rate.max() * math.prod(shape) < _FEW * members
+    and _is_pooled(math.prod(shape), rate, members)
   )
   leaves = tuple(
     () if i in pooled else _pieces(shape, rate, members)
@@ -137,6 +138,13 @@ def _moved(plan: Plan, pool, key) -> jax.Array | None:
   if uneven:
     shares[-1] = shares[-1] * jnp.asarray(plan.pool_rates)[pool]
   return jax.random.uniform(key, (plan.count,)) < jnp.concatenate(shares)
+
+
+def _is_pooled(size: int, rate: np.ndarray, members: int) -> bool:
+  """Whether rounding to a multiple of N would ask for too much, or too little."""
+  each = size // max(rate.size, 1)
+  most = rate.max() * each
+  return rate.max() * size < _FEW * members or most > each // members * members
 
 
 def _pieces(shape, rate, members) -> tuple[Piece, ...]:

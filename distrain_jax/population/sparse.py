@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distrain_jax.population import rates
-from distrain_jax.population.members import ALONE, Member, Options, Phase
+from distrain_jax.population.members import ALONE, Member, Phase
 
 # (step, from 0) -> the learning rate relative to its peak, in [0, 1].
 Schedule = Callable[[Any], Any]
@@ -51,7 +51,6 @@ def check_tied(name: str, tied: bool, schedule: Schedule | None) -> None:
 
 def phases(
   name: str,
-  options: Options,
   sparse: Sparse,
   exchange: Callable[[Member, list[np.ndarray], jax.Array], Member],
 ):
@@ -59,7 +58,6 @@ def phases(
 
   Args:
     name: of the factory.
-    options: checked.
     sparse: checked.
     exchange: (member, the rates of its leaves, key) -> member.
 
@@ -67,7 +65,6 @@ def phases(
     `(phases, which)` as `members.population` takes them: one phase, without a
     conditional, where every step is alike.
   """
-  del options
   if sparse.rate == 0:
     return (ALONE,), None
 

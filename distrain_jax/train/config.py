@@ -51,12 +51,13 @@ def default_config() -> ConfigDict:
   c.method.update(method_options())  # None: the method's own default
 
   # How the members of a population (ensemble, wash, sparta, papa, dart) differ;
-  # see also config.method.learning_rates. Other methods ignore it.
+  # see also config.method.learning_rates. Other methods refuse it.
   c.population = ConfigDict()
   c.population.per_device = 1  # members at each position of the mesh's axis
   # Other axes of the mesh that divide a member's rows, e.g. ("fsdp",).
   c.population.rows_over = ()
-  c.population.same_init = False  # True: all start from one model
+  # True: all start from one model, as they do from config.initial_params.
+  c.population.same_init = False
   c.population.same_order = False  # True: they share one pass over the data
   # One value a member, one for all, or (); see data.mixing.Mixing.
   c.population.mixup = ()  # alpha
@@ -108,7 +109,9 @@ def default_config() -> ConfigDict:
   # the model that is evaluated; 0: it has the running averages.
   c.evaluation.recalibrate = 0
   # At the end also score the workers' own models, where the method trains
-  # different ones: their mean, and the ensemble of their probabilities.
+  # different ones (mean, worst and best), the ensembles of their probabilities
+  # and of their logits, and of a population the greedy soup (2N - 1 passes over
+  # the validation split) and how far the members are apart.
   c.evaluation.members = False
 
   c.checkpoint = ConfigDict()

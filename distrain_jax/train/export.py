@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from distrain_jax import data
 from distrain_jax.method import Variables
 from distrain_jax.models import weights
+from distrain_jax.runners import Run, simulate, starting_apart
 from distrain_jax.train import experiment, initial
 from distrain_jax.train.checkpoint import Checkpoints, saved_workers
 from distrain_jax.train.config import default_config
@@ -82,16 +83,19 @@ def export(
       cannot change its number of workers to that of the devices that there are.
   """
   c = run_config(folder)
-  step, _ = saved_workers(Path(folder) / "checkpoints", step)
+  step, workers = saved_workers(Path(folder) / "checkpoints", step)
   told = data.describe(
     c.data, vocab=c.model.get("vocab"), classes=c.model.get("classes")
   )
   built = experiment.program(_on_all_devices(c), told.info)
-  start = jax.eval_shape(built.params)
+  run, start = built.run, jax.eval_shape(built.params)
+  if run.method.population and run.workers != workers:
+    # Fewer devices would lose members, more would make some up.
+    run, start = _of_all_members(run, start, workers)
   key = jax.eval_shape(lambda: jax.random.key(0))
   with Checkpoints(Path(folder) / "checkpoints", reading=True) as checkpoints:
     try:
-      state = checkpoints.restore(step, built.run, key, start)
+      state = checkpoints.restore(step, run, key, start)
     except ValueError as e:
       if not told.assumed:
         raise
@@ -99,13 +103,22 @@ def export(
         f"{e} Assumed: {'; '.join(told.assumed)}. If that is wrong, set it in "
         f"config.model of {folder}/config.json."
       ) from e
-  params = built.run.params(state)
+  params = run.params(state)
   if isinstance(params, Variables):
     params = params.params
   model = initial.description(c.model.name, built.model)
   Path(out).parent.mkdir(parents=True, exist_ok=True)
   weights.save(out, params, model)
   return Exported(step, params, model)
+
+
+def _of_all_members(run: Run, start: Any, members: int) -> tuple[Run, Any]:
+  """The run on one device, and what `start` is there."""
+  here = simulate(run.method, workers=members)
+  if not run.apart:
+    return here, start
+  of = lambda x: jax.ShapeDtypeStruct((members, *x.shape[1:]), x.dtype)
+  return starting_apart(here), jax.tree.map(of, start)
 
 
 def _on_all_devices(c: ConfigDict) -> ConfigDict:

@@ -168,12 +168,15 @@ class _Loop:
     if not bad and values.get("bad_steps", 0) <= self.bad_steps:
       return
     who = ""
-    if "worst_member" in values:
+    others = self.run.workers - 1
+    if others and "worst_member" in values:
       n = int(values["worst_member"])
+      leave = (*(self.c.method.leave or ()), n)
+      rows = self.c.batch_size // self.run.workers * others
       who = (
-        f"Member {n} has the largest loss; the others can go on without it: one "
-        f"worker fewer in --config.mesh, --config.method.leave='({n},)' and the "
-        "batch that fits. "
+        f"Member {n} is worst; the {others} others can go on without it, on as "
+        f"many devices (config.mesh times config.population.per_device): "
+        f"--config.method.leave='{leave}' --config.batch_size={rows}. "
       )
     latest = f"The latest checkpoint, of step {self.saved}, is from before."
     raise BadStep(

@@ -81,7 +81,7 @@ def mixer(run: Run) -> Callable[[Any, Any], Any]:
       own = jnp.where(weights[me] == 0, 0, weights[me] * x.astype(wide))
       return jax.lax.psum(own, axes).astype(x.dtype)
 
-    return method.member(lambda model: jax.tree.map(one, model), state)
+    return jax.tree.map(one, method.member(lambda model: model, state))
 
   return jax.jit(run.runner(one_worker, (method.specs, P()), P()))
 
@@ -96,15 +96,16 @@ def relative_distance(run: Run) -> Callable[[Any], jax.Array]:
   def one_worker(state):
     axes = method.workers_on
 
-    def squares(model):
-      if isinstance(model, Variables):
-        model = model.params
-      wide = [at_least_float32(x) for x in jax.tree.leaves(model)]
-      mean = jax.lax.pmean(wide, axes)
-      apart = sum(jnp.square(x - m).sum() for x, m in zip(wide, mean))
-      return apart, sum(jnp.square(x).sum() for x in wide)
-
-    apart, norm = jax.lax.psum(method.member(squares, state), axes)
+    model = method.member(lambda model: model, state)
+    if isinstance(model, Variables):
+      model = model.params
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    leaves = filter(floating, jax.tree.leaves(model))
+    wide = list(map(at_least_float32, leaves))
+    mean = jax.lax.pmean(wide, axes)
+    apart = sum(jnp.square(x - m).sum() for x, m in zip(wide, mean))
+    norm = sum(jnp.square(x).sum() for x in wide)
+    apart, norm = jax.lax.psum((apart, norm), axes)
     return jnp.sqrt(apart / jnp.where(norm == 0, 1, norm))
 
   return jax.jit(run.runner(one_worker, (method.specs,), P()))

@@ -39,6 +39,11 @@ def check(c: ConfigDict) -> None:
           f"{fresh[field]!r}, or choose {', '.join(methods.POPULATIONS)}."
         )
     return
+  if c.method.name == "dart" and start_apart(c):
+    raise ValueError(
+      "config.method.name='dart' trains one model at first, and averages members "
+      "that were one. Set --config.population.same_init=True."
+    )
   each = c.population.per_device
   if not isinstance(each, int) or each < 1:
     raise ValueError(
@@ -96,8 +101,14 @@ def loss(
   if not settings:
     return loss_fn
   axes = axis if c.population.per_device == 1 else (axis, INNER)
+  if 1 < len(settings) <= max(numbers):
+    raise ValueError(
+      f"config.population has mixing settings for {len(settings)} members, but "
+      f"the last one has the number {max(numbers)}. Give one for each number "
+      "from 0, or one for all."
+    )
   if len(settings) > 1:
-    settings = [settings[n % len(settings)] for n in numbers]
+    settings = [settings[n] for n in numbers]
   return mixing.mixing_loss(loss_fn, settings, classes, axes)
 
 

@@ -163,10 +163,10 @@ def test_what_dart_does_with_an_optimizers_state(opt_state):
   state, _ = run.step(state, BATCH, KEY)
   moment = np.asarray(optax.tree.get(state.opt_state, "mu")["a"])
   count = np.ravel(optax.tree.get(state.opt_state, "count")).tolist()
+  assert count == [1] * N  # a schedule's place is not lost
   if opt_state == "reset":
-    assert not moment.any() and count == [0] * N
+    assert not moment.any()
   else:
-    assert count == [1] * N
     assert (apart(moment) < 1e-9) == (opt_state == "averaged")
 
 

@@ -104,7 +104,7 @@ def test_rate_0_is_an_ensemble_to_the_bit_and_sends_only_metrics(factory, mesh):
     states = [run.step(s, BATCH, KEY)[0] for run, s in zip(runs, states)]
   equal(*states)
   sent = dj.inspect.bytes_sent(runs[0], states[0], BATCH, KEY)
-  assert sum(sent.values()) <= 2 * 4 * (N + 2)
+  assert sum(sent.values()) <= 2 * 4 * 2 * (N + 2)
 
 
 def test_one_member_trains_as_plain_optax_does():
@@ -235,6 +235,26 @@ def test_metrics_name_the_worst_member_even_if_it_is_not_finite():
     np.testing.assert_array_equal(metrics["loss"], np.mean(x))
 
 
+def test_a_gradient_that_is_not_finite_is_its_members_fault():
+  def loss(params, batch, key):
+    del key
+    x = batch["x"].sum()  # of the square root the slope at 0 is infinite
+    return 10.0 - x + 0.0 * jnp.sqrt(params["a"] * (1 - x)).sum(), {}
+
+  run, state = begin(dj.ensemble(loss, optax.sgd(0.0)))
+  start = {
+    k: np.abs(v) * (np.arange(N) != 1)[:, None, None]
+    for k, v in starts().items()
+    if k == "a"
+  }
+  state = run.init(KEY, start, per_worker=True)
+  batch = {"x": np.float32([0.0, 0.5, 0.0, 0.0])[:, None]}
+  _, metrics = run.step(state, batch, KEY)
+  assert np.isfinite(metrics["worst_loss"])
+  assert not np.isfinite(metrics["grad_norm"])
+  assert int(metrics["worst_member"]) == 1
+
+
 def test_members_learn_at_rates_of_their_own():
   loss = lambda params, batch, key: (params["a"].sum(), {})
   rates = (1.0, 0.5, 2.0, 0.25)
@@ -291,12 +311,20 @@ def test_a_member_joins_from_the_average_of_those_who_are_sound(trained):
 def test_a_member_that_is_not_finite_starts_anew(trained):
   sick = jax.tree.map(np.copy, trained)
   sick.params["a"][0] = np.inf
-  new = adopt(sick, 3, ())
+  new = adopt(sick, 5, ())
   stay = np.array([1, 2, 3])
-  np.testing.assert_allclose(
-    new.params["a"][0], trained.params["a"][stay].mean(0), rtol=1e-6
-  )
-  np.testing.assert_array_equal(new.params["a"][1:], trained.params["a"][1:3])
+  for joins in (0, 4):
+    np.testing.assert_allclose(
+      new.params["a"][joins], trained.params["a"][stay].mean(0), rtol=1e-6
+    )
+  np.testing.assert_array_equal(new.params["a"][1:4], trained.params["a"][1:])
+
+
+def test_no_member_is_dropped_without_being_named(trained):
+  with pytest.raises(
+    ValueError, match=r"2 of whom would be lost .*Say who lea"
+  ):
+    adopt(trained, 2, (1,))
 
 
 def test_randomness_stays_a_members_own_when_others_leave():
@@ -396,6 +424,7 @@ REFUSED = {
   "another shuffle": ({"shuffle": "sorted"}, "latin_square, independent; got"),
   "a rate of 0": ({"learning_rates": (1, 0)}, "each above 0; got"),
   "no number": ({"leave": (-1,)}, "`leave` are numbers of members"),
+  "one number": ({"leave": 1}, r"`leave` is a tuple of numbers, such as"),
   "one axis twice": ({"inner": "population"}, "`inner` is a name of its own"),
   "half a batch": ({"accumulate": 0}, "`accumulate` is the number"),
 }
@@ -425,7 +454,8 @@ def test_bad_trees_are_refused_before_anything_compiles():
   with pytest.raises(
     ValueError, match="has 2 factors, but the population has 4"
   ):
-    begin(dj.wash(still, tx, learning_rates=(1.0, 2.0)))
+    run, state = begin(dj.wash(still, tx, learning_rates=(1.0, 2.0)))
+    run.step(state, BATCH, KEY)
   unlike = {**starts(), "b": np.zeros((3, 40), np.float32)}
   with pytest.raises(ValueError, match="its first axis must be the 4 workers"):
     begin(dj.wash(still, tx), unlike)

@@ -75,10 +75,20 @@ def test_counts_are_multiples_that_fit(rate, size):
     assert made.count == size // N * N
 
 
+def test_leaves_that_rounding_would_leave_out_are_pooled():
+  """Of stacked layers, or a size that N does not divide, at high rates."""
+  for shapes, rates in (
+    [[(64, 3), (64, 3)], [(1.0,) * 64] * 2],
+    [[(10,), (10,), (4,)], [1.0] * 3],
+  ):
+    made = plan(shapes, rates)
+    assert made.count == sum(np.prod(s) for s in shapes) // N * N
+
+
 def test_a_rate_near_one_still_turns():
   """What rounding leaves out differs from step to step."""
   made = plan([(41,)], [1.0])
-  where = np.asarray(drawn(made, 400).where[0][0])
+  where = np.asarray(drawn(made, 400).pool)
   left = {tuple(sorted(set(range(41)) - set(row))) for row in where}
   assert len(left) > 30
 

@@ -84,14 +84,22 @@ def test_members_that_share_a_device_train_alike(config, tmp_path):
   for other in results[1:]:
     for one, two in zip(leaves(results[0].state), leaves(other.state)):
       np.testing.assert_allclose(one, two, rtol=2e-5, atol=1e-6)
-  # What is exported needs as many devices as there were members, or fewer.
-  assert export.devices(tmp_path / "4") == N
+  # What is exported is the average of all of them, on any number of devices.
+  assert export.devices(tmp_path / "4") == N != jax.device_count()
+  done = export.export(tmp_path / "4", tmp_path / "average.safetensors")
+  for one, all_of in zip(
+    jax.tree.leaves(done.params), jax.tree.leaves(other.state.inner.params)
+  ):
+    expected = np.asarray(all_of).mean(0)
+    np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_member_leaves_and_the_others_lose_nothing(config, tmp_path):
-  c = config(**{"checkpoint.every": 2})
+  rates = {"method.learning_rates": (1.0, 0.9, 1.1, 1.0)}
+  c = config(**{"checkpoint.every": 2, **rates})
   before = train.train(train.build(c, DEVICES), tmp_path).state
-  fewer = config(**{"steps": 5, "batch_size": 9, "method.leave": (1,)})
+  fewer = {"steps": 5, "batch_size": 9, "method.leave": (1,), **rates}
+  fewer = config(**fewer)
   x = train.build(fewer, DEVICES[:3])
   with train.Checkpoints(tmp_path / "checkpoints", reading=True) as saved:
     batches = x.batches()
@@ -129,8 +137,11 @@ def test_scores_of_members_and_soups_come_with_the_test_split(config, tmp_path):
 
 def test_a_member_whose_loss_is_not_finite_is_named(config, tmp_path):
   rates = (1.0, 1.0, 1e30, 1.0)
-  c = config(**{"method.learning_rates": rates, "steps": 20})
-  with pytest.raises(train.BadStep, match=r"Member 2 has the .*leave='\(2,\)'"):
+  alone = {"method.name": "ensemble", "method.rate": None, "steps": 20}
+  c = config(**{"method.learning_rates": rates, **alone})
+  with pytest.raises(
+    train.BadStep, match=r"Member 2 is worst.*leave='\(2,\)' .*size=9"
+  ):
     train.train(train.build(c, DEVICES), tmp_path)
 
 
@@ -153,6 +164,16 @@ REFUSED = {
     {},
     {"population.mixup": (0.1, 0.2), "population.cutmix": (1.0,) * 4},
     r"population.mixup=\(0.1, 0.2\) has 2 values, others have 4",
+  ),
+  "few settings": (
+    {},
+    {"population.mixup": (0.1, 0.2)},
+    "mixing settings for 2 members, but the last one has the number 3",
+  ),
+  "branches of no tree": (
+    {"method.name": "dart", "method.rate": None},
+    {},
+    "Set --config.population.same_init=True",
   ),
   "a setting": (
     {},
