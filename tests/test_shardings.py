@@ -20,6 +20,8 @@ OPTIONS = {  # XLA for CPU aborts on bfloat16 sums over one axis of several
   "dpu": {"wire_dtype": None},
   "weight_prediction": {"wire_dtype": None},
   "diloco": {"sync_every": 2},
+  **{name: {"axis": "data"} for name in methods.POPULATIONS},
+  "papa": {"axis": "data", "tied": False},
 }
 # Parts of arrays, as sdp's, are not recognised: they lie whole along other axes.
 WHOLE = [name for name in methods.OF_A_LOSS if name != "sdp"]

@@ -107,8 +107,9 @@ MESSAGES = {
   "accumulate": "config.method.accumulate=3. Nearest: 120 or 144",
   "evaluation": "--config.evaluation.batch_size=104",
   "method": (
-    "Did you mean 'zero1'? It is one of acco, ddp, diloco, dpu, fsdp, "
-    "local_sgd, petra, pipeline, sdp, weight_prediction, zero1."
+    "Did you mean 'zero1'? It is one of acco, dart, ddp, diloco, dpu, "
+    "ensemble, fsdp, local_sgd, papa, petra, pipeline, sdp, sparta, wash, "
+    "weight_prediction, zero1."
   ),
   "option": "config.method.wire_dtype='bfloat16', but ddp has no such option",
   "dtype": "config.method.param_dtype='bf16'. Did you mean 'bfloat16'?",
