@@ -95,7 +95,7 @@ METHODS = {
     schedule=lambda step: 1.0 - step / 200,
     accumulate=2,
     clip_norm=0.3,
-    learning_rates=(1.0, 0.9, 1.1, 0.8),
+    learning_rates=(1.0, 0.9, 1.1, 0.8, 1.0, 1.2, 0.7, 0.9),
   ),
   "papa": lambda loss_fn, tx: dj.papa(
     loss_fn,
