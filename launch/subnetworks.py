@@ -27,10 +27,11 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from distrain_jax import data, spmd, train
+from distrain_jax import data, methods, spmd, train
 from distrain_jax.inspect import subnetworks
 from distrain_jax.method import stateful
 from distrain_jax.methods.sdp import Load, alignment, alone, load
+from distrain_jax.train import config as configs
 from distrain_jax.train import experiment, validate
 from distrain_jax.train.flags import parse_flags
 
@@ -118,6 +119,7 @@ def read(c: ConfigDict) -> Problem:
   structure = {
     k: of_model(made.model, inputs)
     for k, of_model in experiment.STRUCTURE.items()
+    if configs.takes(methods.FACTORIES[c.method.name], k)
   }
   loss_fn = made.task.loss_fn
   if made.task.stateful:
