@@ -10,7 +10,9 @@ own. The optimizer is that of the paper's setting on CIFAR, with a cosine to 0;
 see paper_cifar.py. The statistics of BatchNorm are estimated anew for every
 model that is evaluated, since no member has trained their average.
 
-Not run to the end yet.
+Half an epoch a member, one seed (jax 0.10.2): test accuracy 0.770 of the average,
+0.674 of the members; at --config.method.rate=0.5 0.800 and 0.751. Independent
+members have 0.846, and 0.160 on average: it is too short a time for WASH.
 """
 
 from distrain_jax.train import import_config
