@@ -121,4 +121,9 @@ class Method(NamedTuple):
   @property
   def workers_on(self) -> str | tuple[str, str]:
     """What collectives between all workers take as their axis."""
-    return self.axis if self.inner is None else (self.axis, self.inner)
+    return all_workers(self.axis, self.inner)
+
+
+def all_workers(axis: str, inner: str | None) -> str | tuple[str, str]:
+  """The name, or names, that collectives between all workers take."""
+  return axis if inner is None else (axis, inner)

@@ -148,6 +148,21 @@ def starting_apart(run: Run) -> Run:
   )
 
 
+def simulated(run: Run, params: Any, workers: int) -> tuple[Run, Any]:
+  """A run's method with so many workers on one device, and its `params` there.
+
+  Args:
+    run: of any number of workers.
+    params: shapes, as `run.init` takes them.
+    workers: how many.
+  """
+  here = simulate(run.method, workers=workers)
+  if not run.apart:
+    return here, params
+  of = lambda x: jax.ShapeDtypeStruct((workers, *x.shape[1:]), x.dtype)
+  return starting_apart(here), jax.tree.map(of, params)
+
+
 def _axes(method) -> tuple[str, ...]:
   """Those of a mesh that a method's functions are manual over."""
   return tuple(a for a in (method.axis, method.replicas) if a is not None)

@@ -136,6 +136,15 @@ def shared_key(key: jax.Array, step: jax.Array) -> jax.Array:
   return jax.random.fold_in(key, step)
 
 
+def in_own_place(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+  """(N,): a worker's scalar in its place, 0 in others'; their sum is all's.
+
+  A value that is not finite stays in its place, also in that sum.
+  """
+  place = jnp.arange(jax.lax.axis_size(axes))
+  return jnp.where(place == jax.lax.axis_index(axes), x, 0)
+
+
 def vmap_runner(
   axis: str | Sequence[str], workers: int | Sequence[int]
 ) -> Runner:

@@ -63,7 +63,6 @@ def dart(
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
-  members.check_options("dart", options)
   _check(joint_steps, every, weight, opt_state)
   axes = options.axes
 

@@ -30,5 +30,4 @@ def ensemble(
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
-  members.check_options("ensemble", options)
   return members.population("ensemble", loss_fn, tx, options)

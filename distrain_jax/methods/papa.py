@@ -67,7 +67,6 @@ def papa(
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
-  members.check_options("papa", options)
   _check(variant, every, alpha, epoch_steps, stop_after)
   if variant == "pull":
     sparse.check_tied("papa", tied, schedule)

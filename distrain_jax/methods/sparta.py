@@ -45,7 +45,6 @@ def sparta(
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
-  members.check_options("sparta", options)
   chosen = sparse.Sparse(
     rate,
     layer_schedule,
@@ -56,7 +55,6 @@ def sparta(
     tied,
     schedule,
   )
-  sparse.check("sparta", chosen)
   average = functools.partial(swapping.average_parts, axes=options.axes)
 
   def exchange(member: members.Member, rates, key):
@@ -65,5 +63,4 @@ def sparta(
     )
     return member._replace(params=params)
 
-  phases, which = sparse.phases("sparta", chosen, exchange)
-  return members.population("sparta", loss_fn, tx, options, phases, which)
+  return sparse.population("sparta", loss_fn, tx, options, chosen, exchange)

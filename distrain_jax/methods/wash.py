@@ -103,7 +103,6 @@ def wash(
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
-  members.check_options("wash", options)
   chosen = sparse.Sparse(
     rate,
     layer_schedule,
@@ -114,7 +113,6 @@ def wash(
     tied,
     schedule,
   )
-  sparse.check("wash", chosen)
   if shuffle not in SHUFFLES:
     raise ValueError(
       f"wash: `shuffle` is one of {', '.join(SHUFFLES)}; got {shuffle!r}."
@@ -135,5 +133,4 @@ def wash(
       member = member._replace(opt_state=rebuild(trees[1:]))
     return member
 
-  phases, which = sparse.phases("wash", chosen, exchange)
-  return members.population("wash", loss_fn, tx, options, phases, which)
+  return sparse.population("wash", loss_fn, tx, options, chosen, exchange)

@@ -13,7 +13,13 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from distrain_jax import gradients, local_steps, spmd, variables
-from distrain_jax.method import LossFn, Method, Params, StatefulLoss
+from distrain_jax.method import (
+  LossFn,
+  Method,
+  Params,
+  StatefulLoss,
+  all_workers,
+)
 
 # What the exchange's key is folded with: no member has this number.
 _EXCHANGE = 0xFFFFFFFF
@@ -60,7 +66,7 @@ class Options(NamedTuple):
   @property
   def axes(self) -> str | tuple[str, str]:
     """The name, or names, that all members are on."""
-    return self.axis if self.inner is None else (self.axis, self.inner)
+    return all_workers(self.axis, self.inner)
 
 
 ALONE = Phase()
@@ -111,7 +117,7 @@ def population(
     name: the method's.
     loss_fn: `(params, batch, key) -> (loss, aux)`, or `stateful(...)`.
     tx: each member's own optimizer.
-    options: checked already.
+    options: checked here.
     phases: what steps do.
     which: (step, from 0, key) -> index of the step's phase; the key is the
       step's, shared by all members. None: the first, always.
@@ -120,8 +126,10 @@ def population(
     A `Method` with `population`; its `params` is the uniform average.
 
   Raises:
-    ValueError: if batch statistics are to be synchronised between members.
+    ValueError: if an option is out of range, or batch statistics are to be
+      synchronised between members.
   """
+  check_options(name, options)
   if isinstance(loss_fn, StatefulLoss):
     if loss_fn.stats == "synchronised":
       raise ValueError(
@@ -216,16 +224,15 @@ def _update(tx, options: Options, state, grads, model_state):
 
 def _metrics(g: gradients.Gradient, norm, axes, here: Sequence[int]):
   """Means over the members, and who has the largest loss; NaN is larger."""
-  members, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
   # One message; a loss that is not finite stays its member's own.
-  mine = jnp.arange(members) == me
-  losses = jnp.where(mine, g.loss, 0)
+  losses = spmd.in_own_place(g.loss, axes)
   # Who has a gradient that is not finite is to blame, whatever its loss.
-  blame = jnp.where(mine, jnp.where(jnp.isfinite(norm), g.loss, jnp.nan), 0)
+  blame = jnp.where(jnp.isfinite(norm), g.loss, jnp.nan)
+  blame = spmd.in_own_place(blame, axes)
   losses, blame, (aux, norm) = jax.lax.psum(
     (losses, blame, (g.aux, norm)), axes
   )
-  aux, norm = jax.tree.map(lambda x: x / members, (aux, norm))
+  aux, norm = jax.tree.map(lambda x: x / len(losses), (aux, norm))
   return {
     **aux,
     "loss": losses.mean(),

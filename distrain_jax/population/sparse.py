@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from distrain_jax.population import rates
-from distrain_jax.population.members import ALONE, Member, Phase
+from distrain_jax.method import LossFn, Method, StatefulLoss
+from distrain_jax.population import members, rates
+from distrain_jax.population.members import ALONE, Member, Options, Phase
 
 # (step, from 0) -> the learning rate relative to its peak, in [0, 1].
 Schedule = Callable[[Any], Any]
@@ -49,22 +51,28 @@ def check_tied(name: str, tied: bool, schedule: Schedule | None) -> None:
     )
 
 
-def phases(
+def population(
   name: str,
+  loss_fn: LossFn | StatefulLoss,
+  tx: optax.GradientTransformation,
+  options: Options,
   sparse: Sparse,
   exchange: Callable[[Member, list[np.ndarray], jax.Array], Member],
-):
-  """The phases of such a population, and which of them a step has.
+) -> Method:
+  """Such a population; without a conditional where every step is alike.
 
   Args:
-    name: of the factory.
-    sparse: checked.
+    name, loss_fn, tx, options: as of `members.population`.
+    sparse: checked here.
     exchange: (member, the rates of its leaves, key) -> member.
-
-  Returns:
-    `(phases, which)` as `members.population` takes them: one phase, without a
-    conditional, where every step is alike.
   """
+  check(name, sparse)
+  phases, which = _phases(name, sparse, exchange)
+  return members.population(name, loss_fn, tx, options, phases, which)
+
+
+def _phases(name: str, sparse: Sparse, exchange):
+  """`(phases, which)` as `members.population` takes them."""
   if sparse.rate == 0:
     return (ALONE,), None
 

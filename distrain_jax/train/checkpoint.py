@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from distrain_jax import spmd
-from distrain_jax.runners import Run, simulate
+from distrain_jax.runners import Run, simulated
 from distrain_jax.train.position import saveable
 
 
@@ -217,11 +217,8 @@ def saved_workers(folder: Path, step: int | None = None) -> tuple[int, int]:
 
 def _of_other_workers(run: Run, workers: int, key, params) -> Any:
   """Shapes of the state that `workers` workers had, on this run's mesh."""
-  if run.apart:
-    of = lambda x: jax.ShapeDtypeStruct((workers, *x.shape[1:]), x.dtype)
-    params = jax.tree.map(of, params)
-  of_others = simulate(run.method, workers=workers)
-  shapes = of_others.abstract(key, params, per_worker=run.apart)
+  of_others, params = simulated(run, params, workers)
+  shapes = of_others.abstract(key, params)
   if run.mesh is None:
     return shapes
   axis = run.method.axis

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from distrain_jax import data
 from distrain_jax.method import Variables
 from distrain_jax.models import weights
-from distrain_jax.runners import Run, simulate, starting_apart
+from distrain_jax.runners import simulated
 from distrain_jax.train import experiment, initial
 from distrain_jax.train.checkpoint import Checkpoints, saved_workers
 from distrain_jax.train.config import default_config
@@ -91,7 +91,7 @@ def export(
   run, start = built.run, jax.eval_shape(built.params)
   if run.method.population and run.workers != workers:
     # Fewer devices would lose members, more would make some up.
-    run, start = _of_all_members(run, start, workers)
+    run, start = simulated(run, start, workers)
   key = jax.eval_shape(lambda: jax.random.key(0))
   with Checkpoints(Path(folder) / "checkpoints", reading=True) as checkpoints:
     try:
@@ -110,15 +110,6 @@ def export(
   Path(out).parent.mkdir(parents=True, exist_ok=True)
   weights.save(out, params, model)
   return Exported(step, params, model)
-
-
-def _of_all_members(run: Run, start: Any, members: int) -> tuple[Run, Any]:
-  """The run on one device, and what `start` is there."""
-  here = simulate(run.method, workers=members)
-  if not run.apart:
-    return here, start
-  of = lambda x: jax.ShapeDtypeStruct((members, *x.shape[1:]), x.dtype)
-  return starting_apart(here), jax.tree.map(of, start)
 
 
 def _on_all_devices(c: ConfigDict) -> ConfigDict:

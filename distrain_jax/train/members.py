@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from distrain_jax import soups
+from distrain_jax import soups, spmd
 from distrain_jax.gradients import at_least_float32
-from distrain_jax.method import Variables
 from distrain_jax.models import Task
 from distrain_jax.runners import Run
+from distrain_jax.soups import trees
 from distrain_jax.train.evaluate import averages
 
 Scores = dict[str, float]
@@ -39,7 +39,9 @@ def members_evaluator(
 
   def one_worker(state, batch):
     logits = method.member(lambda model: task.logits(model, batch), state)
-    mean = lambda x: jax.lax.pmean(x, method.workers_on)
+    axes = method.workers_on
+    mean = lambda x: jax.lax.pmean(x, axes)
+    each = lambda x: jax.lax.psum(spmd.in_own_place(x, axes), axes)
     alone = task.score(logits, batch)
     together = {
       "ensemble": task.score(jnp.log(mean(jax.nn.softmax(logits))), batch),
@@ -47,7 +49,7 @@ def members_evaluator(
     }
     return {
       "weight": alone.pop("weight"),
-      **{f"each_{k}": _each(x, method.workers_on) for k, x in alone.items()},
+      **{f"each_{k}": each(x) for k, x in alone.items()},
       **{f"{who}_{k}": x[k] for who, x in together.items() for k in alone},
     }
 
@@ -95,10 +97,7 @@ def relative_distance(run: Run) -> Callable[[Any], jax.Array]:
 
   def one_worker(state):
     axes = method.workers_on
-
-    model = method.member(lambda model: model, state)
-    if isinstance(model, Variables):
-      model = model.params
+    model = trees.trained(method.member(lambda model: model, state))
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     leaves = filter(floating, jax.tree.leaves(model))
     wide = list(map(at_least_float32, leaves))
@@ -130,12 +129,6 @@ def greedy_soup(
   alone = list(np.eye(members, dtype=np.float32))
   found = soups.greedy(alone, lambda weights: score(mix(state, weights)))
   return mix(state, found.model), len(found.chosen)
-
-
-def _each(x: jax.Array, axes) -> jax.Array:
-  """(N,): every worker's scalar, on all of them."""
-  mine = jnp.arange(jax.lax.axis_size(axes)) == jax.lax.axis_index(axes)
-  return jax.lax.psum(jnp.where(mine, x, 0), axes)
 
 
 def _flat(sums):

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from distrain_jax import methods
 from distrain_jax.data import mixing
+from distrain_jax.method import all_workers
 from distrain_jax.population import members
 from distrain_jax.train import config as configs
 from distrain_jax.train import optimizers
@@ -29,8 +30,8 @@ def check(c: ConfigDict) -> None:
   Raises:
     ValueError: naming the field, its value, the rule and a way out.
   """
-  fresh = configs.default_config().population
   if not is_population(c):
+    fresh = configs.default_config().population
     for field, value in c.population.items():
       if value != fresh[field]:
         raise ValueError(
@@ -68,8 +69,7 @@ def options(c: ConfigDict, factory: Any) -> dict[str, Any]:
   chosen: dict[str, Any] = {}
   if configs.takes(factory, "schedule"):
     chosen["schedule"] = optimizers.relative(c.optimizer, c.steps)
-  if configs.takes(factory, "inner") and c.population.per_device > 1:
-    chosen["inner"] = INNER
+  chosen["inner"] = _inner(c)
   return chosen
 
 
@@ -100,7 +100,7 @@ def loss(
   settings = _settings(c, classes)
   if not settings:
     return loss_fn
-  axes = axis if c.population.per_device == 1 else (axis, INNER)
+  axes = all_workers(axis, _inner(c))
   if 1 < len(settings) <= max(numbers):
     raise ValueError(
       f"config.population has mixing settings for {len(settings)} members, but "
@@ -128,6 +128,10 @@ def stacked(shardings: Any, mesh: Mesh, axis: str) -> Any:
   """Shardings of models that have a leading axis of members."""
   one = lambda s: NamedSharding(mesh, P(axis, *s.spec))
   return jax.tree.map(one, shardings)
+
+
+def _inner(c: ConfigDict) -> str | None:
+  return INNER if c.population.per_device > 1 else None
 
 
 def _settings(c: ConfigDict, classes: int | None) -> list[mixing.Mixing]:
