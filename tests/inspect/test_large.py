@@ -53,6 +53,7 @@ def check(found, preset, method):
   assert sum(x.nbytes for x in jax.live_arrays()) < 1e6
 
 
+@pytest.mark.full
 def test_a_model_of_a_billion_parameters():
   check(report("1B", "zero1", "h100:8", 16), "1B", "zero1")
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "bench_memory.py"
 
@@ -18,6 +20,7 @@ def bench(*options):
   )
 
 
+@pytest.mark.full
 def test_a_run_allocates_what_its_compiled_step_predicts(tmp_path):
   programs, out = ["llama/ddp/1", "llama/zero1/8"], tmp_path / "memory.json"
   done = bench(f"--programs={','.join(programs)}", "--steps=2", f"--out={out}")

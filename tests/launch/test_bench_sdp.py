@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "bench_sdp.py"
 SMALL = ["--rounds=2", "--steps=1", "--rows=2", "--tokens=16", "--embed=32"]
@@ -14,6 +16,7 @@ def bench(*options):
   return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.full
 def test_prints_every_level_and_coverage_as_a_ratio_to_the_dense_step():
   done = bench(*SMALL)
   assert done.returncode == 0, done.stderr

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "bench_wash.py"
 SMALL = ["--model=mlp", "--rounds=2", "--steps=1", "--rows=2", "--width=0.1"]
 
 
+@pytest.mark.full
 def test_prints_every_method_as_a_ratio_to_independent_training():
   done = subprocess.run(
     [sys.executable, str(SCRIPT), *SMALL],

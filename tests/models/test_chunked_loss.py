@@ -277,6 +277,7 @@ def optimised():
   jax.config.update(name, before)
 
 
+@pytest.mark.full
 def test_a_gpu_s_temporaries_fall_by_most_of_the_logits(optimised):
   vocab, tokens = 1 << 15, 1024
   model = models.create(
