@@ -15,11 +15,9 @@ goes on where it stopped, and petra_compiled.png; prints tables for README. To
 compile anew, delete the file.
 """
 
-import json
-import os
+import functools
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,8 @@ from distrain_jax import spmd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from launch.comparisons import kept, petra_tables  # noqa: E402
 from launch.comparisons import petra as comparison  # noqa: E402
-from launch.comparisons import petra_tables  # noqa: E402
 
 NETWORKS = flags.DEFINE_multi_string("network", None, "One; unset: all.")
 TOPOLOGIES = flags.DEFINE_list("topology", [], "E.g. v5e:2x4,h100:8.")
@@ -54,7 +52,6 @@ DEFAULT = (
   ("revnet50", "v5e:2x4"),
 )
 FORWARD = "forward"  # the row of one stage's pass
-PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
 
 def main(argv) -> None:
@@ -67,23 +64,12 @@ def main(argv) -> None:
   except ValueError as e:
     sys.exit(f"{type(e).__name__}: {e}")
   folder = Path(OUT.value)
-  folder.mkdir(parents=True, exist_ok=True)
-  file = folder / "petra_compiled.json"
-  kept = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-  for i, (network, where, row) in enumerate(work):
-    key = f"{network} {where} {row.name}"
-    if kept["rows"].get(key, {}).get("set") == SET.value:
-      continue
-    say(f"[{i + 1}/{len(work)}] {key} ...")
-    began = time.perf_counter()
-    kept["rows"][key] = found = one(network, where, row)
-    say(f"  {summary(found)}, {time.perf_counter() - began:.0f} s")
-    write(file, kept | about())
-  petra_tables.show(folder, list(kept["rows"].values()))
+  rows = kept.compiled(folder / "petra_compiled.json", work, summary, {})
+  petra_tables.show(folder, list(rows.values()))
 
 
-def jobs() -> list[tuple[str, str, comparison.Row]]:
-  """(network, topology, row), checked; a forward pass first, of equal stages."""
+def jobs() -> dict[str, kept.Job]:
+  """The rows to compile, checked; a forward pass first, of equal stages."""
   from distrain_jax.inspect.topologies import topology
 
   for name in NETWORKS.value or ():
@@ -94,18 +80,23 @@ def jobs() -> list[tuple[str, str, comparison.Row]]:
   pairs = [pair for pair in DEFAULT if pair[0] in chosen]
   if TOPOLOGIES.value:
     pairs = [(network, t) for t in TOPOLOGIES.value for network in chosen]
-  found = []
+  found = {}
   for network, where in pairs:
     count = len(topology(where).devices)
     rows = {r.name: r for r in comparison.rows(network, count)}
     if comparison.equal_stages(network):
-      first = next(iter(rows.values()))
-      found.append((network, where, first._replace(name=FORWARD)))
+      forward = next(iter(rows.values()))._replace(name=FORWARD)
+      found |= job(network, where, forward)
     for name in ROWS.value or rows:
       if name not in rows:
         raise ValueError(f"--row={name}: one of {', '.join(rows)}.")
-      found.append((network, where, rows[name]))
+      found |= job(network, where, rows[name])
   return found
+
+
+def job(network: str, where: str, row: comparison.Row) -> dict[str, kept.Job]:
+  do = functools.partial(one, network, where, row)
+  return {f"{network} {where} {row.name}": kept.Job(do, {"set": SET.value})}
 
 
 def one(network: str, where: str, row: comparison.Row) -> dict[str, Any]:
@@ -117,8 +108,7 @@ def one(network: str, where: str, row: comparison.Row) -> dict[str, Any]:
 
   found = {"network": network, "hardware": where, "name": row.name}
   found["set"] = SET.value
-  given = dict(item.split("=", 1) for item in SET.value)
-  given = {k: v if not v.isdecimal() else int(v) for k, v in given.items()}
+  given = kept.overrides(SET.value)
   devices = topology(where).devices
   c = comparison.config(network, row, len(devices), given)
   sizes = {name: c.model.get(name) for name in ("vocab", "classes")}
@@ -146,28 +136,6 @@ def summary(found: dict[str, Any]) -> str:
     f"peak {found['peak'] / 1e9:.2f} GB, "
     f"{found['flops_a_tick'] / 1e9:.1f} GFLOP a tick"
   )
-
-
-def about() -> dict[str, Any]:
-  versions = {}
-  for name in PACKAGES:
-    try:
-      versions[name] = version(name)
-    except PackageNotFoundError:
-      continue
-  return {"versions": versions}
-
-
-def write(file: Path, kept: dict[str, Any]) -> None:
-  """All of it or nothing, whenever the command is stopped."""
-  fresh = file.with_suffix(".new")
-  fresh.write_text(json.dumps(kept, indent=1) + "\n")
-  os.replace(fresh, file)
-
-
-def say(text: str) -> None:
-  """Progress, beside the result."""
-  print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,9 @@ goes on where it stopped, and sdp_compiled.png; prints a table for README and
 whether each promise holds. To compile anew, delete the file.
 """
 
+import functools
 import importlib.util
-import json
-import os
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +30,8 @@ from distrain_jax import spmd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from launch.comparisons import kept, sdp_claims, sdp_picture  # noqa: E402
 from launch.comparisons import sdp as comparison  # noqa: E402
-from launch.comparisons import sdp_claims, sdp_picture  # noqa: E402
 
 PRESETS = flags.DEFINE_list("preset", [], "Of the config: 134M, 500M, 1B.")
 TOPOLOGIES = flags.DEFINE_list("topology", [], "E.g. v5e:2x4,h100:8.")
@@ -53,7 +50,6 @@ DEFAULT = (
   ("1B", "v5p:2x2x2"),
 )
 CONFIG = ROOT / "configs" / "fineweb_llama.py"
-PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 
 
 def main(argv) -> None:
@@ -66,23 +62,13 @@ def main(argv) -> None:
   except ValueError as e:
     sys.exit(f"{type(e).__name__}: {e}")
   folder = Path(OUT.value)
-  folder.mkdir(parents=True, exist_ok=True)
   file = folder / "sdp_compiled.json"
-  kept = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-  for i, (preset, where, row) in enumerate(work):
-    key = f"{preset} {where} {row.name}"
-    if same(kept["rows"].get(key), row):
-      continue
-    say(f"[{i + 1}/{len(work)}] {key} ...")
-    began = time.perf_counter()
-    kept["rows"][key] = found = one(preset, where, row)
-    say(f"  {summary(found)}, {time.perf_counter() - began:.0f} s")
-    write(file, kept | about())
-  show(folder, kept["rows"])
+  about = {"config": "configs/fineweb_llama.py"}
+  show(folder, kept.compiled(file, work, summary, about))
 
 
-def jobs() -> list[tuple[str, str, comparison.Row]]:
-  """(preset, topology, row), checked; the baselines first."""
+def jobs() -> dict[str, kept.Job]:
+  """The rows to compile, checked; the baselines first."""
   from distrain_jax.inspect.topologies import topology
 
   pairs = list(DEFAULT)
@@ -90,7 +76,7 @@ def jobs() -> list[tuple[str, str, comparison.Row]]:
     presets = PRESETS.value or ["134M", "1B"]
     places = TOPOLOGIES.value or ["v5e:2x4", "h100:8"]
     pairs = [(p, t) for t in places for p in presets]
-  found = []
+  found = {}
   for preset, where in pairs:
     c = config(preset, {})
     workers = len(topology(where).devices)
@@ -98,13 +84,10 @@ def jobs() -> list[tuple[str, str, comparison.Row]]:
     for name in ROWS.value or rows:
       if name not in rows:
         raise ValueError(f"--row={name}: one of {', '.join(rows)}.")
-      found.append((preset, where, rows[name]))
+      row = rows[name]
+      do = functools.partial(one, preset, where, row)
+      found[f"{preset} {where} {name}"] = kept.Job(do, told(row))
   return found
-
-
-def same(kept: dict[str, Any] | None, row: comparison.Row) -> bool:
-  """Whether a row is there, of the same rows of data and settings."""
-  return kept is not None and {**kept, **told(row)} == kept
 
 
 def told(row: comparison.Row) -> dict[str, Any]:
@@ -117,9 +100,7 @@ def config(preset: str, changes: dict[str, Any]) -> ConfigDict:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   c = module.get_config(preset)
-  given = dict(item.split("=", 1) for item in SET.value)
-  given = {k: v if not v.isdecimal() else int(v) for k, v in given.items()}
-  c.update_from_flattened_dict({**given, **changes})
+  c.update_from_flattened_dict({**kept.overrides(SET.value), **changes})
   return c
 
 
@@ -155,23 +136,6 @@ def summary(found: dict[str, Any]) -> str:
   )
 
 
-def about() -> dict[str, Any]:
-  versions = {}
-  for name in PACKAGES:
-    try:
-      versions[name] = version(name)
-    except PackageNotFoundError:
-      continue
-  return {"config": "configs/fineweb_llama.py", "versions": versions}
-
-
-def write(file: Path, kept: dict[str, Any]) -> None:
-  """All of it or nothing, whenever the command is stopped."""
-  fresh = file.with_suffix(".new")
-  fresh.write_text(json.dumps(kept, indent=1) + "\n")
-  os.replace(fresh, file)
-
-
 def show(folder: Path, rows: dict[str, Any]) -> None:
   """Tables and claims of all that is kept, and the picture."""
   groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -185,11 +149,6 @@ def show(folder: Path, rows: dict[str, Any]) -> None:
       print(sentence)
   drawn = sdp_picture.save(groups, folder / "sdp_compiled.png")
   print(f"\nwrote {folder}/sdp_compiled.json{' and .png' if drawn else ''}")
-
-
-def say(text: str) -> None:
-  """Progress, beside the result."""
-  print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

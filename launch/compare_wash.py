@@ -57,8 +57,8 @@ def main(argv) -> None:
   print(f"\nwrote {file}")
 
 
-def jobs() -> dict[str, Any]:
-  """key -> what compiles it; checked."""
+def jobs() -> dict[str, kept.Job]:
+  """The rows to compile; checked."""
   rows = {row.name: row for row in comparison.rows()}
   for name in ROWS.value or ():
     if name not in rows:
@@ -69,8 +69,8 @@ def jobs() -> dict[str, Any]:
       raise ValueError(f"--model={model}: one of {known}.")
   more = " ".join(["", *SET.value])
   return {
-    f"{model} {where} {name}{more}": functools.partial(
-      one, model, where, rows[name]
+    f"{model} {where} {name}{more}": kept.Job(
+      functools.partial(one, model, where, rows[name]), {"set": SET.value}
     )
     for where in TOPOLOGIES.value
     for model in MODELS.value
@@ -88,9 +88,7 @@ def one(model: str, where: str, row: comparison.Row) -> dict[str, Any]:
 
   devices = topology(where).devices
   c = comparison.config(model, row, len(devices))
-  given = dict(item.split("=", 1) for item in SET.value)
-  given = {k: int(v) if v.isdecimal() else v for k, v in given.items()}
-  c.update_from_flattened_dict(given)
+  c.update_from_flattened_dict(kept.overrides(SET.value))
   info = data.describe(
     c.data, vocab=c.model.get("vocab"), classes=c.model.get("classes")
   ).info
