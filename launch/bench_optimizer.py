@@ -8,13 +8,16 @@ whatever else the machine does falls on all of them: compare the ratios. Forms:
 
   adamw      optax.adamw, compiled
   tiled      mulo's default: 16 inputs an element, tile after tile
+  kernel     the same with the Pallas kernel, on TPUs and GPUs from Hopper on
   16-input   the same over the whole parameter at once
   39-input   the rule as it is written down, compiled
   un-fused   the rule as it is written down, operation after operation
 
 `temporaries` are the compiler's, beside parameter, gradient and state. Below is
 what the chips' peaks allow at best, of matrix products those at JAX's default
-precision (TF32, bfloat16): a model, nothing that was measured.
+precision (TF32, bfloat16), of the H100's kernel, which takes no matrix products
+but exact float32, the instructions that it issues: a model, nothing that was
+measured.
 """
 
 import statistics
@@ -39,6 +42,10 @@ BYTES = {"adamw": 4 * (4 + 3), "mulo": 4 * (1 + (6 + 4) + (6 + 1))}
 FLOPS = {"39-input": 2 * (39 * 32 + 32 * 32 + 32 * 2)}
 FLOPS["16-input"] = 2 * (16 * 32 + 32 * 32 + 32 * 2)
 CHIPS = ("h100", "v5e")
+# Instructions of the GPU's kernel, an element, where a thread has 4 of a row:
+# a first unit's 257 for all 32, and 736 more, as its machine code (sm_90a, CUDA
+# 12.9) has them. Of each its 132 processors issues 128 a cycle, at 1.98 GHz.
+KERNEL = {"h100": (32 * 257 + 736) / 4 / (132 * 128 * 1.98e9)}
 
 
 class Form(NamedTuple):
@@ -62,9 +69,12 @@ def forms(size: int) -> dict[str, Form]:
   found = {
     "adamw": optax.adamw(1e-3),
     "tiled": learned.mulo(theta, **tile),
+    "kernel": learned.mulo(theta, implementation="pallas", **tile),
     "16-input": learned.mulo(theta, tile=size * size),
     "39-input": learned.mulo(theta, implementation="reference"),
   }
+  if jax.default_backend() == "cpu":
+    del found["kernel"]  # it is the tiled form there
   made = {name: _compiled(tx, grad, param) for name, tx in found.items()}
   slow = found["39-input"]
   state = slow.init(param)
@@ -133,6 +143,12 @@ def roofline() -> list[tuple[str, ...]]:
       found.append(
         (name, form, f"{moved['mulo']:.1f}", f"{computed:.1f}", bound)
       )
+    if name in KERNEL:
+      issued = KERNEL[name] * 1e12
+      bound = "memory" if moved["mulo"] > issued else "instructions"
+      found.append(
+        (name, "kernel", f"{moved['mulo']:.1f}", f"{issued:.1f}", bound)
+      )
   return found
 
 
@@ -162,7 +178,7 @@ def main(argv) -> None:
   head = ("leaf", "form", "ns/element", "x adamw", "faster than un-fused")
   print(table.render([*head, "temporaries B/element"], lines))
   print("\nAt best, ps an element:")
-  head = ("chip", "form", "memory", "products", "bound by")
+  head = ("chip", "form", "memory", "computing", "bound by")
   print(table.render(head, roofline()))
 
 

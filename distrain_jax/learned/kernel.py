@@ -1,13 +1,14 @@
-"""The learned rule's network as a Pallas kernel: hidden units stay on chip.
+"""The learned rule's network as Pallas kernels: hidden units stay on chip.
 
 As `tiles`, over blocks of 8 rows and up to 1024 columns of a matrix. Elements
 of a row run along lanes, features and hidden units along sublanes, so that a
 layer is a product (out, in) x (in, lanes). Only the arrays that a step reads
 and the one that it writes travel to and from memory.
 
-Written for TPU (Mosaic); anywhere else `tiles` is what runs, but for tests,
-which interpret it. Letters in shapes: r rows, c columns, l lanes of a block, h
-hidden units.
+That is the kernel for TPUs; `kernel_gpu` has the one for GPUs, and `direction`
+takes the one that the program is compiled for. Anywhere else `tiles` is what
+runs, but for tests, which interpret them. Letters in shapes: r rows, c columns,
+l lanes of a block, h hidden units.
 """
 
 import functools
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from distrain_jax.learned import tiles
+from distrain_jax.learned import kernel_gpu, tiles
 from distrain_jax.learned.moments import Moments
 from distrain_jax.learned.theta import Theta
 from distrain_jax.learned.tiles import Folded, Inputs
@@ -118,9 +119,23 @@ def direction(
   feature_eps: float,
   precision: str,
   tile: int = tiles.TILE,
-  interpret: bool = False,
+  interpret: str | None = None,
 ) -> jax.Array:
-  """As `tiles.direction`, by the kernel where the parameter `fits` it."""
+  """As `tiles.direction`, by a kernel where the parameter `fits` it.
+
+  Args:
+    theta: as for `tiles.direction`, as the others that are not named here.
+    grad: (r, c) for a kernel.
+    param: (r, c).
+    moments: of the parameter.
+    count: updates made before this one.
+    exp_mult: of the network's second output.
+    feature_eps: under the root that normalises features.
+    precision: of the products on a TPU; on a GPU they are float32's own.
+    tile: elements at once where features are measured.
+    interpret: "tpu" or "cuda": that platform's kernel as plain JAX, on any
+      backend. None: the kernel of the platform that is compiled for.
+  """
   options = {
     "exp_mult": exp_mult,
     "feature_eps": feature_eps,
@@ -129,16 +144,24 @@ def direction(
   }
   plain = functools.partial(tiles.direction, **options)
 
-  def fused(theta, grad, param, moments, count):
-    x = tiles.inputs(grad, param, moments)
-    sizes = tiles.mean_squares(tiles.cut_up(x, tile), grad.size)
-    net = tiles.fold(theta, count, sizes, x.sides, feature_eps)
-    return network(net, x, exp_mult, precision, interpret=interpret)
+  def fused(network):
+    def run(theta, grad, param, moments, count):
+      x = tiles.inputs(grad, param, moments)
+      sizes = tiles.mean_squares(tiles.cut_up(x, tile), grad.size)
+      net = tiles.fold(theta, count, sizes, x.sides, feature_eps)
+      return network(net, x, exp_mult, interpret=interpret is not None)
 
+    return run
+
+  kernels = {}
+  if fits(grad.shape):
+    kernels["tpu"] = fused(functools.partial(network, precision=precision))
+  if kernel_gpu.fits(grad.shape) and kernel_gpu.supported():
+    kernels["cuda"] = fused(kernel_gpu.network)
   args = (theta, grad, param, moments, count)
-  if not fits(grad.shape):
+  if interpret is not None:
+    return kernels.get(interpret, plain)(*args)
+  if not kernels:
     return plain(*args)
-  if interpret:
-    return fused(*args)
   # Decided by where the program is compiled for, not by what is attached.
-  return jax.lax.platform_dependent(*args, tpu=fused, default=plain)
+  return jax.lax.platform_dependent(*args, **kernels, default=plain)

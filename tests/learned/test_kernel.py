@@ -1,4 +1,4 @@
-"""The Pallas kernel: interpreted, it is the XLA form; it compiles for a TPU."""
+"""The TPU's kernel: interpreted, it is the XLA form; it compiles for a v5e."""
 
 import functools
 
@@ -32,7 +32,7 @@ def test_interpreted_it_equals_the_tiled_form(shape):
   args = (theta, g, p, moments, jnp.asarray(7))
   forms = (
     functools.partial(tiles.direction, tile=512),
-    functools.partial(kernel.direction, tile=512, interpret=True),
+    functools.partial(kernel.direction, tile=512, interpret="tpu"),
   )
   tiled, fused = (
     jax.jit(functools.partial(f, **OPTIONS))(*args) for f in forms
@@ -41,7 +41,7 @@ def test_interpreted_it_equals_the_tiled_form(shape):
   np.testing.assert_allclose(fused, tiled, atol=2e-6 * size, rtol=0)
 
 
-def test_where_there_is_no_tpu_it_is_the_tiled_form():
+def test_on_a_cpu_it_is_the_tiled_form():
   theta = jax.jit(learned.init_theta)(jax.random.key(0))
   params = {"w": jnp.ones((16, 128)), "b": jnp.ones(4)}
   step = lambda tx: jax.jit(tx.update)(params, tx.init(params), params)

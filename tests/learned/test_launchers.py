@@ -83,7 +83,7 @@ def test_the_benchmark_prints_every_form_beside_adamw():
   assert [row[3] for row in rows] == forms
   assert all(float(row[4]) > 0 for row in rows)
   assert rows[0][5] == "1.0" and rows[-1][6] == "1.00"
-  assert sum("h100" in line for line in lines) == 3
+  assert sum("h100" in line for line in lines) == 4
 
 
 @pytest.mark.full
