@@ -15,7 +15,9 @@ from distrain_jax import spmd as spmd
 from distrain_jax import stages as stages
 from distrain_jax.learned import MuInfo as MuInfo
 from distrain_jax.learned import coord_check as coord_check
+from distrain_jax.learned import flax_probe as flax_probe
 from distrain_jax.learned import init_theta as init_theta
+from distrain_jax.learned import init_velo_theta as init_velo_theta
 from distrain_jax.learned import load_theta as load_theta
 from distrain_jax.learned import mulo as mulo
 from distrain_jax.learned import mup_adamw as mup_adamw
@@ -25,8 +27,11 @@ from distrain_jax.learned import mup_sgd as mup_sgd
 from distrain_jax.learned import save_theta as save_theta
 from distrain_jax.learned import scale_by_mulo as scale_by_mulo
 from distrain_jax.learned import scale_by_mup as scale_by_mup
+from distrain_jax.learned import scale_by_velo as scale_by_velo
 from distrain_jax.learned import theta_from_torch as theta_from_torch
 from distrain_jax.learned import theta_to_torch as theta_to_torch
+from distrain_jax.learned import velo as velo
+from distrain_jax.learned import velo_theta_from_haiku as velo_theta_from_haiku
 from distrain_jax.method import Method as Method
 from distrain_jax.method import StatefulLoss as StatefulLoss
 from distrain_jax.method import Variables as Variables

@@ -81,15 +81,38 @@ def tasks(c) -> list[Any]:
   return found
 
 
+def architecture(c):
+  """The rule's constants, and theta's start as a function of a key."""
+  from distrain_jax import learned
+
+  if c.architecture == "small_fc":
+    return learned.Rule(c.step_mult, c.exp_mult, c.feature_eps), (
+      learned.init_theta
+    )
+  if c.architecture != "velo":
+    raise ValueError(
+      f"config.architecture={c.architecture!r} is small_fc, muLO's, or velo."
+    )
+  rule = learned.VeloRule(
+    num_steps=c.max_length,  # each trajectory is told its own
+    lstm=c.lstm,
+    step_mult=c.step_mult,
+    exp_mult=c.exp_mult,
+    interp_mult=c.interp_mult,
+    param_scale_mult=not c.mup,
+    feature_eps=c.feature_eps,
+  )
+  return rule, lambda key: learned.init_velo_theta(key, c.lstm, c.bank)
+
+
 def build(c):
   """`MetaTraining`, the tasks, and the state at the start."""
   import jax
 
-  from distrain_jax import learned
   from distrain_jax.learned import meta
 
+  rule, init_theta = architecture(c)
   found = tasks(c)
-  rule = learned.Rule(c.step_mult, c.exp_mult, c.feature_eps)
   problems = [meta.training(t, rule, augment=c.augment) for t in found]
   tx = meta.outer_adamw(
     c.steps,
@@ -103,7 +126,7 @@ def build(c):
   mesh = spmd.make_mesh({"tasks": count}) if count > 1 else None
   run = meta.trainer(problems, tx, meta.Settings(**fields), mesh=mesh)
   for_theta, for_pairs, key = jax.random.split(jax.random.key(c.seed), 3)
-  state = run.init(learned.init_theta(for_theta), for_pairs)
+  state = run.init(init_theta(for_theta), for_pairs)
   return run, found, state, key
 
 
@@ -198,7 +221,11 @@ def train_theta(c, workdir: Path) -> None:
 
 def about(c, step: int) -> dict[str, str]:
   """What a theta's file says of its making."""
+  velo = {"lstm": str(c.lstm), "bank": str(c.bank)}
+  velo["interp_mult"] = str(c.interp_mult)
   return {
+    "architecture": c.architecture,
+    **(velo if c.architecture == "velo" else {}),
     "step_mult": str(c.step_mult),
     "exp_mult": str(c.exp_mult),
     "feature_eps": str(c.feature_eps),

@@ -24,6 +24,10 @@ def default() -> ConfigDict:
   c.steps = 400  # meta-steps
   c.tasks = ConfigDict()  # name -> task; all weigh the same
   c.mup = True  # False: standard parametrisation, for comparison
+  c.architecture = "small_fc"  # muLO's; velo: configs/mulo/velo.py
+  c.lstm = 16  # velo's units of the LSTM; 512 as published
+  c.bank = 8  # velo's networks that are mixed; 256 as published
+  c.interp_mult = 1.0  # velo's, of a mixture; 100 as published, without muP
   c.step_mult = 0.01  # scale of a learned step; 0.001 is usual without muP
   c.exp_mult = 0.001
   c.feature_eps = 1e-5

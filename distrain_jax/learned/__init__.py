@@ -1,8 +1,10 @@
-"""Learned optimizers: muLO as an optax transform, muP, and meta-training.
+"""Learned optimizers as optax transforms: muLO and VeLO; muP; meta-training.
 
 mup = mup_info(params, names=names)
 tx = mulo(mup=mup)                     # the shipped weights
 updates, state = tx.update(grads, state, params)
+tx = velo(theta, num_steps=1000)       # which reads the loss, too
+updates, state = tx.update(grads, state, params, value=loss)
 """
 
 from distrain_jax.learned.convert import theta_from_torch as theta_from_torch
@@ -13,6 +15,7 @@ from distrain_jax.learned.coordinates import coord_check as coord_check
 from distrain_jax.learned.coordinates import (
   draw_coordinates as draw_coordinates,
 )
+from distrain_jax.learned.coordinates import flax_probe as flax_probe
 from distrain_jax.learned.kinds import MuInfo as MuInfo
 from distrain_jax.learned.mup import mup_info as mup_info
 from distrain_jax.learned.mup import mup_multipliers as mup_multipliers
@@ -31,3 +34,14 @@ from distrain_jax.learned.theta import decay_rates as decay_rates
 from distrain_jax.learned.theta import init_theta as init_theta
 from distrain_jax.learned.transform import mulo as mulo
 from distrain_jax.learned.transform import scale_by_mulo as scale_by_mulo
+from distrain_jax.learned.velo import VeloRule as VeloRule
+from distrain_jax.learned.velo import VeloState as VeloState
+from distrain_jax.learned.velo import check_velo_theta as check_velo_theta
+from distrain_jax.learned.velo import init_velo_theta as init_velo_theta
+from distrain_jax.learned.velo import scale_by_velo as scale_by_velo
+from distrain_jax.learned.velo import velo as velo
+from distrain_jax.learned.velo import velo_init as velo_init
+from distrain_jax.learned.velo import velo_step as velo_step
+from distrain_jax.learned.velo import (
+  velo_theta_from_haiku as velo_theta_from_haiku,
+)

@@ -1,7 +1,7 @@
 """Theta in safetensors files, and the weights that the package ships.
 
-A file holds the arrays of `theta.shapes`, float32, and how they were made as
-metadata.
+A file holds the arrays of `theta.shapes`, or those of `velo.theta.velo_shapes`,
+float32, and how they were made as metadata.
 """
 
 import importlib.resources
@@ -14,6 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from distrain_jax.learned.theta import Theta, check_theta, shapes
+from distrain_jax.learned.velo.theta import (
+  check_velo_theta,
+  is_velo,
+  velo_shapes,
+)
 
 # With muP or without -> the file in this package's folder `weights`.
 SHIPPED = {True: "mulo.safetensors", False: "lo_sp.safetensors"}
@@ -25,6 +30,22 @@ class MadeWith(NamedTuple):
   step_mult: float
 
 
+def check_any(name: str, theta: Theta) -> list[str]:
+  """Refuses what is neither muLO's theta nor VeLO's.
+
+  Returns:
+    The names of its arrays, in the schema's order.
+
+  Raises:
+    ValueError: saying what is missing, unknown or of another shape.
+  """
+  if is_velo(theta):
+    check_velo_theta(name, theta)
+    return list(velo_shapes())
+  check_theta(name, theta)
+  return list(shapes())
+
+
 def save_theta(
   path: str | os.PathLike,
   theta: Theta,
@@ -34,17 +55,17 @@ def save_theta(
 
   Args:
     path: of the file.
-    theta: the arrays.
+    theta: the arrays, of either architecture.
     metadata: strings by name; `step_mult` is read when weights are shipped.
 
   Raises:
     ValueError: a theta of another schema.
   """
-  check_theta("save_theta", theta)
+  names = check_any("save_theta", theta)
   header, values, end = {}, [], 0
   if metadata:
     header["__metadata__"] = {k: str(v) for k, v in metadata.items()}
-  for name in shapes():
+  for name in names:
     x = np.ascontiguousarray(theta[name], "<f4")
     place = [end, end + x.nbytes]
     header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": place}
@@ -66,7 +87,7 @@ def load_theta(path: str | os.PathLike) -> tuple[Theta, dict[str, str]]:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: not a safetensors file, or not one of theta's schema.
+    ValueError: not a safetensors file, or of neither theta's schema.
   """
   return _read(str(path), pathlib.Path(path).read_bytes())
 
@@ -87,7 +108,7 @@ def _read(name: str, raw: bytes):
       theta[entry] = values.reshape(place["shape"]).astype(np.float32)
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"{name} is not a safetensors file of theta: {e}.") from e
-  check_theta(name, theta)
+  check_any(name, theta)
   return theta, metadata
 
 

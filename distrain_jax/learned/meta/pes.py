@@ -94,6 +94,12 @@ def draw_noise(key: jax.Array, theta: Any, sigma: float) -> Any:
   return treedef.unflatten([draw(x, k) for x, k in zip(leaves, keys)])
 
 
+def started(problem: Problem, key: jax.Array, length: jax.Array) -> Any:
+  """The state at the start of a trajectory of `length` steps."""
+  state = problem.reset(key)
+  return state if problem.told is None else problem.told(state, length)
+
+
 def start_pair(
   problem: Problem,
   theta: Any,
@@ -107,10 +113,10 @@ def start_pair(
   end theirs at the same time.
   """
   for_state, for_length, for_age, for_noise = jax.random.split(key, 4)
-  state = problem.reset(for_state)
+  length = draw_length(for_length, settings)
+  state = started(problem, for_state, length)
   twice = lambda x: jnp.stack([x, x])
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), theta)
-  length = draw_length(for_length, settings)
   oldest = jnp.minimum(settings.truncation, length)
   age = jax.random.randint(for_age, (), 0, oldest)
   noise = draw_noise(for_noise, theta, settings.sigma)
@@ -204,12 +210,13 @@ def truncation(
 
       states, losses = jax.vmap(of_sign)(signs, states)
       end = age + 1 >= length
-      first = problem.reset(for_reset)
+      next_length = draw_length(for_length, s)
+      first = started(problem, for_reset, next_length)
       pick = lambda x, y: jnp.where(end, jnp.broadcast_to(y, x.shape), x)
       restart = lambda x, y: pick(x, jnp.expand_dims(y, 0))
       states = jax.tree.map(restart, states, first)
       age = jnp.where(end, 0, age + 1)
-      length = jnp.where(end, draw_length(for_length, s), length)
+      length = jnp.where(end, next_length, length)
       return (states, age, length, fresh | end), (losses, end)
 
     start = (pair.states, pair.age, pair.length, jnp.asarray(False))

@@ -20,7 +20,7 @@ def trained(
   Args:
     task: whose training loss is measured, before each step and on its batch.
     make_tx: `(setting) -> optimizer`; the setting is traced: theta, or a
-      learning rate.
+      learning rate. Its update is given the loss as `value`, too.
     steps: of the trajectory.
 
   Returns:
@@ -30,7 +30,7 @@ def trained(
   """
 
   def run(setting, data, key):
-    tx = make_tx(setting)
+    tx = optax.with_extra_args_support(make_tx(setting))
     for_init, for_steps = jax.random.split(key)
     params = task.init(for_init)
 
@@ -39,7 +39,7 @@ def trained(
       for_batch, for_loss = jax.random.split(jax.random.fold_in(for_steps, i))
       batch = task.batch(data, for_batch)
       loss, grads = jax.value_and_grad(task.loss)(params, batch, for_loss)
-      updates, state = tx.update(grads, state, params)
+      updates, state = tx.update(grads, state, params, value=loss)
       return (optax.apply_updates(params, updates), state), loss
 
     start = (params, tx.init(params))
