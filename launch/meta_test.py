@@ -6,10 +6,13 @@ r"""Tests a learned optimizer on tasks that it was not meta-trained on.
 Wider, deeper and longer than in meta-training, other data, a conv net and a
 transformer; against AdamW and muP's AdamW, with a default rate and with the
 best of several for each task by itself, and SGD likewise. The learned one is
-tuned nowhere. Writes results/mulo.json and mulo.png, and prints a table.
+tuned nowhere. Beside it a learned optimizer that was made without muP (lo_sp).
+Writes results/mulo.json after every task and goes on from there, and mulo.png;
+prints a table.
 """
 
 import functools
+import hashlib
 import json
 import math
 import statistics
@@ -24,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 THETA = flags.DEFINE_string("theta", None, "A file; unset: the shipped one.")
-TWIN = flags.DEFINE_string("twin", None, "One made without muP, beside it.")
+TWIN = flags.DEFINE_string(
+  "twin", None, "A file made without muP; unset: the shipped one."
+)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each, from seed 0.", 1)
 STEPS = flags.DEFINE_integer("steps", 500, "Of a trajectory.", 1)
 OUT = flags.DEFINE_string("out", "results", "Where mulo.json and .png go.")
@@ -108,7 +113,15 @@ def cases(steps: int) -> dict[str, Case]:
   }
 
 
-def makers(task, theta, twin) -> dict[str, tuple[Callable, list[Any]]]:
+class Learned(NamedTuple):
+  """A theta, and what it is used with."""
+
+  theta: Any
+  step_mult: float
+  about: dict[str, Any]  # to be kept: which theta it was
+
+
+def makers(task, mulo: Learned, twin: Learned):
   """Optimizer -> (setting -> transform), settings; by parametrisation."""
   import optax
 
@@ -116,39 +129,44 @@ def makers(task, theta, twin) -> dict[str, tuple[Callable, list[Any]]]:
 
   mup = task.mup != 1.0
   if mup:
-    found = {
-      "mulo": (lambda x: learned.mulo(x, mup=task.mup), [theta]),
+    size = mulo.step_mult
+    return {
+      "mulo": (
+        lambda x: learned.mulo(x, mup=task.mup, step_mult=size),
+        [mulo.theta],
+      ),
       "mup_adamw": (
         lambda x: learned.mup_adamw(x, task.mup),
         list(RATES["mup_adamw"]),
       ),
     }
-    return found
-  found = {
+  return {
     "adamw": (lambda x: optax.adamw(x), list(RATES["adamw"])),
     "sgd": (lambda x: optax.sgd(x, momentum=0.9), list(RATES["sgd"])),
+    "lo_sp": (
+      lambda x: learned.mulo(x, mup=1.0, step_mult=twin.step_mult),
+      [twin.theta],
+    ),
   }
-  if twin is not None:
-    size, numbers = twin
-    found["lo_sp"] = (
-      lambda x: learned.mulo(x, mup=1.0, step_mult=size),
-      [numbers],
-    )
-  return found
 
 
-def run(case: Case, theta, twin, seeds: int) -> dict[str, Any]:
-  """Final training losses of each optimizer, by rate where it has one."""
+def run(case: Case, mulo: Learned, twin: Learned, seeds: int, kept):
+  """Final training losses of each optimizer, by rate where it has one.
+
+  What is in `kept` is not run again.
+  """
   import jax
   import numpy as np
 
   from distrain_jax.learned import meta
 
-  result: dict[str, Any] = {}
+  result: dict[str, Any] = dict(kept)
   for mup in (True, False):
     task = case.make(mup)
     data = jax.device_put(task.data)
-    for name, (make, settings) in makers(task, theta, twin).items():
+    for name, (make, settings) in makers(task, mulo, twin).items():
+      if name in kept:
+        continue
       go = meta.trained(task, make, case.steps)
 
       def last(setting, seed, go=go, data=data):
@@ -218,6 +236,39 @@ def draw(results: dict[str, Any], path: Path) -> None:
   figure.savefig(path, dpi=130)
 
 
+def find(file: str | None, mup: bool) -> Learned:
+  """The theta in a file, or the shipped one."""
+  from distrain_jax import learned
+  from distrain_jax.learned import storage
+
+  if file is None:
+    theta, made_with = storage.shipped("meta_test", mup)
+    size, about = made_with.step_mult, {"file": storage.SHIPPED[mup]}
+  else:
+    theta, metadata = learned.load_theta(file)
+    size, about = float(metadata["step_mult"]), {"file": file, **metadata}
+  whole = b"".join(theta[name].tobytes() for name in sorted(theta))
+  about["sha256"] = hashlib.sha256(whole).hexdigest()
+  return Learned(theta, size, about)
+
+
+def kept(file: Path, made: dict[str, Any]) -> dict[str, Any]:
+  """The results of a file, without those that were made with something else."""
+  if not file.exists():
+    return {}
+  old = json.loads(file.read_text())
+  learned_ones = ("mulo", "lo_sp")
+  same = {name: old.get(name) == value for name, value in made.items()}
+  if not all(same[name] for name in made if name not in learned_ones):
+    return {}
+  stale = [name for name in learned_ones if not same[name]]
+  results = old["results"]
+  for row in results.values():
+    for name in stale:
+      row["losses"].pop(name, None)
+  return results
+
+
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
@@ -228,30 +279,25 @@ def main(argv) -> None:
       raise app.UsageError(f"--task={name}: one of {'; '.join(known)}.")
   import jax
 
-  from distrain_jax import learned
-  from distrain_jax.learned import storage
-
-  if THETA.value:
-    theta, about = learned.load_theta(THETA.value)
-  else:
-    theta, about = storage.shipped("meta_test", True)[0], {"theta": "shipped"}
-  twin = None
-  if TWIN.value:
-    numbers, told = learned.load_theta(TWIN.value)
-    twin = (float(told["step_mult"]), numbers)
-  out, results = Path(OUT.value), {}
+  mulo, twin = find(THETA.value, True), find(TWIN.value, False)
+  out = Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
+  file = out / "mulo.json"
+  made = {
+    "mulo": mulo.about,
+    "lo_sp": twin.about,
+    "steps": STEPS.value,
+    "seeds": SEEDS.value,
+    "jax": jax.__version__,
+  }
+  results = kept(file, made)
   for name in chosen:
-    losses = run(known[name], theta, twin, SEEDS.value)
+    old = results.get(name, {}).get("losses", {})
+    losses = run(known[name], mulo, twin, SEEDS.value, old)
     results[name] = {"new": known[name].seen, "losses": losses}
     print(f"{name}: {losses}", flush=True)
-    whole = {
-      "theta": about,
-      "steps": STEPS.value,
-      "jax": jax.__version__,
-      "results": results,
-    }
-    (out / "mulo.json").write_text(json.dumps(whole, indent=1) + "\n")
+    file.write_text(json.dumps(made | {"results": results}, indent=1) + "\n")
+  results = {name: results[name] for name in known if name in results}
   print(table(results))
   draw(results, out / "mulo.png")
 
