@@ -136,6 +136,7 @@ def _refusal(name: str, why: str) -> ValueError:
   return ValueError(
     f"{name} shards the optimizer element by element, but tx needs more than "
     f"one element at a time: {why}. Clip with {name}(..., clip_norm=...) "
-    "instead of optax.clip_by_global_norm; for Adafactor, LAMB, Muon and the "
-    "like use ddp."
+    "instead of optax.clip_by_global_norm. muLO, Muon, Adafactor, LAMB and the "
+    "like need whole matrices: use ddp, zero1(..., shard='leaves'), a pipeline "
+    "or a population."
   )

@@ -38,6 +38,7 @@ RUNS = {
   ("acco/text", None): text("stdlib_text", 128, 256),
   ("cifar10_resnet", None): image("cifar10", 32, 3, 10),
   ("digits", None): image("digits", 8, 1, 10),
+  ("digits_mulo", None): image("digits", 8, 1, 10),
   ("fashion_mnist", None): image("fashion_mnist", 28, 1, 10),
   ("fashion_mnist_vit", None): image("fashion_mnist", 28, 1, 10),
   ("fineweb_llama", "134M"): text("tokens", 1024, 32_000),

@@ -104,7 +104,9 @@ def test_nothing_in_the_package_knows_launchers_configs_or_tests():
     for module in imports(path):
       first = module.partition(".")[0]
       assert first not in ("launch", "configs", "tests"), f"{path}: {module}"
-      assert first not in ("pickle", "cloudpickle"), f"{path}: {module}"
+      # A pickle is a program: one module reads theirs, and runs none.
+      if path.name != "unpickle.py":
+        assert first not in ("pickle", "cloudpickle"), f"{path}: {module}"
       assert first not in ("tensorflow", "clu"), f"{path}: {module}"
 
 

@@ -53,7 +53,7 @@ def test_config_examples_run(tmp_path):
   commands = [
     c
     for c in SHELL
-    if c.startswith("python launch/train.py --config=configs/digits")
+    if c.startswith("python launch/train.py --config=configs/digits.py")
   ]
   assert len(commands) == 2
   for command in commands:

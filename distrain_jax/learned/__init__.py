@@ -34,6 +34,7 @@ from distrain_jax.learned.theta import decay_rates as decay_rates
 from distrain_jax.learned.theta import init_theta as init_theta
 from distrain_jax.learned.transform import mulo as mulo
 from distrain_jax.learned.transform import scale_by_mulo as scale_by_mulo
+from distrain_jax.learned.unpickle import theta_from_pickle as theta_from_pickle
 from distrain_jax.learned.velo import VeloRule as VeloRule
 from distrain_jax.learned.velo import VeloState as VeloState
 from distrain_jax.learned.velo import check_velo_theta as check_velo_theta

@@ -55,7 +55,9 @@ def match(name: str, tree: Any, params: Any) -> Any:
       f"{name}: the tree does not match the parameters: it has nothing for "
       f"{_few(missing)}, and the parameters have no {_few(unknown)}. Make it "
       "from the parameters that the optimizer is given, e.g. "
-      "mup_multipliers(params, names=...), or pass one number for all."
+      "mup_multipliers(params, names=...), or pass one number for all. "
+      "Pipelines show an optimizer one block at a time: give them a mapping, "
+      "{block: mulo(mup=mup[block]) for block in mup}."
     )
   return treedef.unflatten([given[path] for path in wanted])
 
@@ -99,3 +101,18 @@ def check_stacked(name: str, stacked: Any, params: Any) -> None:
       )
 
   jax.tree_util.tree_map_with_path(check, params, stacked)
+
+
+def check_positive(name: str, multipliers: Any) -> None:
+  """Refuses multipliers that nothing can be divided by.
+
+  Raises:
+    ValueError: naming the parameter; traced multipliers pass.
+  """
+  for path, x in jax.tree_util.tree_leaves_with_path(multipliers):
+    if not isinstance(x, jax.core.Tracer) and not x > 0:
+      raise ValueError(
+        f"{name}: eps_scaling='fan_in' divides by muP's multipliers; that of "
+        f"params{_PATH(path)} is {x}. Wanted one above 0: freeze a parameter "
+        "with optax.masked instead."
+      )

@@ -40,6 +40,7 @@ class Rule(NamedTuple):
   precision: str = "highest"
   tile: int = tiles.TILE
   update_norm: str | None = None
+  eps_scaling: str | None = None  # or fan_in: see `seen`
 
 
 DEFAULT = Rule()
@@ -59,6 +60,35 @@ def mulo_init(params: Any, rule: Rule = DEFAULT, stacked: Any = 0) -> MuloState:
   stacked = matching.match("mulo_init: stacked", stacked, params)
   moments = jax.tree.map(one, params, stacked)
   return MuloState(jnp.zeros((), jnp.int32), moments)
+
+
+def seen(
+  grad: jax.Array, param: jax.Array, multiplier: Any, scaling: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """The gradient and the parameter as the rule sees them, float32.
+
+  Under muP the gradient of a hidden matrix with n inputs is of size 1 / n and
+  its elements of size 1 / sqrt(n), so that on wide networks the constants
+  beside squares outweigh what they only were to protect: features fade to 0
+  or freeze at 1 (Thérien et al., 2024, section 4, mention that epsilons may
+  have to follow the fan in). With scaling "fan_in" the rule sees n grad and
+  sqrt(n) param, where 1 / n is the multiplier. That is the rule with
+  epsilon / n^2 beside squares of gradients, and under the root of the
+  normaliser epsilon / n for parameters, / n^2 for gradients and momenta, / n^4
+  for their squares, times n^2 for inverse roots of squares: features have the
+  same size at every width.
+
+  Args:
+    grad: of any shape.
+    param: of the same shape.
+    multiplier: muP's, above 0: 1 / n of hidden matrices, 1 of what is not one.
+    scaling: None: the two as they are; "fan_in".
+  """
+  grad, param = grad.astype(jnp.float32), param.astype(jnp.float32)
+  if scaling is None:
+    return grad, param
+  multiplier = jnp.asarray(multiplier, jnp.float32)
+  return grad / multiplier, param * jax.lax.rsqrt(multiplier)
 
 
 def mulo_step(
@@ -91,11 +121,11 @@ def mulo_step(
   rates = decay_rates(theta)
 
   def one(p, g, old, multiplier, stacked):
-    g = g.astype(jnp.float32)
+    g, x = seen(g, p, multiplier, rule.eps_scaling)
     if rule.nan_to_num:
       g = jnp.where(jnp.isfinite(g), g, 0)
     new = next_moments(rates, old, g, stacked)
-    d = _layers(theta, g, p, new, state.count, rule, stacked)
+    d = _layers(theta, g, x, new, state.count, rule, stacked)
     step = (multiplier * rule.step_mult * d).astype(p.dtype)
     kept = jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)
     return step, kept
@@ -127,7 +157,6 @@ def _layers(theta, grad, param, moments, count, rule, stacked):
       d = d * jax.lax.rsqrt(1e-12 + jnp.mean(d * d))
     return d.reshape(grad.shape)
 
-  param = param.astype(jnp.float32)
   if not stacked:
     return layer(grad, param, moments)
   # One after another: side by side, all layers' hidden units would be alive.

@@ -42,6 +42,10 @@ def _check(name: str, rule: Rule) -> None:
     raise ValueError(
       f"{name}: `update_norm` is None or rms; got {rule.update_norm!r}."
     )
+  if rule.eps_scaling not in (None, "fan_in"):
+    raise ValueError(
+      f"{name}: `eps_scaling` is None or fan_in; got {rule.eps_scaling!r}."
+    )
   dtype = rule.accumulator_dtype
   if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(
@@ -63,6 +67,7 @@ def scale_by_mulo(
   precision: str = "highest",
   tile: int = tiles.TILE,
   update_norm: str | None = None,
+  eps_scaling: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The learned rule without sign, learning rate and weight decay.
 
@@ -82,6 +87,7 @@ def scale_by_mulo(
     precision: as for `mulo`.
     tile: as for `mulo`.
     update_norm: as for `mulo`.
+    eps_scaling: as for `mulo`.
 
   Returns:
     A transform whose `update` needs `params` and ignores extra arguments.
@@ -98,6 +104,7 @@ def scale_by_mulo(
     precision=precision,
     tile=tile,
     update_norm=update_norm,
+    eps_scaling=eps_scaling,
   )
 
 
@@ -123,6 +130,8 @@ def _transform(name, theta, mup, stacked, step_mult) -> Callable:
     def init(params):
       found = given(params)
       matching.check_stacked(name, found["stacked"], params)
+      if rule.eps_scaling:
+        matching.check_positive(name, found["multipliers"])
       return mulo_init(params, rule, found["stacked"])
 
     def update(updates, state, params=None, **extra):
@@ -151,6 +160,10 @@ def mulo(
 ) -> optax.GradientTransformationExtraArgs:
   """muLO, a learned optimizer that holds at other widths than it was made at.
 
+  It sees whole parameters, one at a time: so inside ddp, local_sgd, populations
+  and zero1(..., shard="leaves"); pipelines show each block its own ({block:
+  mulo(mup=mup[block])}); what cuts parameters into pieces refuses it.
+
   Args:
     theta: the learned numbers, a dict as `init_theta` and `load_theta` give;
       None: those shipped in the package, muP's or, where mup is None, their
@@ -170,11 +183,17 @@ def mulo(
       each of which is a parameter of its own to the rule (a number or a tree;
       None: what mup says, or 0); implementation, "tiled", "reference" or
       "pallas", the same to rounding (tiled: far less memory and time; pallas:
-      tiled, with a kernel for matrices where it is compiled for a TPU); precision of the
-      matrix products ("highest"); tile, elements computed at once (4096 on
-      a CPU; accelerators want 2**20 or so); update_norm, "rms" for a step that
-      is divided by its own root mean square, layer by layer, so that step_mult
-      is its size (None: it is not; for weights that were meta-trained so).
+      tiled, with a kernel for matrices where it is compiled for a TPU, or for
+      a GPU from Hopper on); precision of the matrix products ("highest"); tile,
+      elements computed at once (4096 on a CPU; accelerators want 2**20 or so);
+      update_norm, "rms"
+      for a step that is divided by its own root mean square, layer by layer, so
+      that step_mult is its size (None: it is not; for weights that were
+      meta-trained so);
+      eps_scaling, "fan_in" for epsilons that follow a hidden matrix's fan in,
+      1 / its multiplier, which keeps features alive on wide networks (see
+      `step.seen`; None: the paper's, the same at every width; for weights that
+      were meta-trained so, and multipliers above 0).
 
   Returns:
     A transform: `update(grads, state, params)` gives what to add to params.

@@ -30,6 +30,7 @@ OWN_OPTIONS = (
   "replicas",
   "schedule",
   "shapes",
+  "stacked",
   "stateful",
   "writers",
 )
@@ -86,19 +87,29 @@ def default_config() -> ConfigDict:
   c.stats = "averaged"
 
   c.optimizer = ConfigDict()
-  c.optimizer.name = "adamw"  # sgd, momentum, adam or adamw
-  c.optimizer.learning_rate = 1e-3  # the peak
+  # sgd, momentum, adam, adamw; in muP mulo, mup_adamw, mup_sgd
+  c.optimizer.name = "adamw"
+  # The peak. Of mulo it multiplies a step that is learned, size included: 1.
+  # Of mup_adamw the steps of hidden matrices are over their fan in: try 0.03.
+  c.optimizer.learning_rate = 1e-3
   # constant, step, linear or cosine, after warm-up
   c.optimizer.schedule = "cosine"
   # Of step: when the rate falls to a tenth, as fractions of the run.
   c.optimizer.drops = (0.5, 0.75)
   c.optimizer.warmup_steps = 0  # linear, from 0
   c.optimizer.final_fraction = 0.0  # of the peak, at the last step
-  c.optimizer.momentum = 0.9  # of momentum
-  c.optimizer.nesterov = False  # of momentum
-  c.optimizer.b1 = 0.9  # of adam and adamw
-  c.optimizer.b2 = 0.999  # of adam and adamw
-  c.optimizer.eps = 1e-8  # of adam and adamw
+  c.optimizer.momentum = 0.9  # of momentum and mup_sgd
+  c.optimizer.nesterov = False  # of momentum and mup_sgd
+  c.optimizer.b1 = 0.9  # of adam, adamw and mup_adamw
+  c.optimizer.b2 = 0.999  # of adam, adamw and mup_adamw
+  c.optimizer.eps = 1e-8  # of adam, adamw and mup_adamw
+  # Of those in muP, whose model must be too (config.model.mup=True). False:
+  # multipliers are 1, in any model, and mulo's weights those made for that.
+  c.optimizer.mup = True
+  # Of mulo: a file that launch/meta_train.py wrote; "": the shipped weights.
+  c.optimizer.theta = ""
+  c.optimizer.implementation = "tiled"  # of mulo; see learned.mulo
+  c.optimizer.tile = 4096  # of mulo, elements at once; 2**20 on accelerators
   c.optimizer.weight_decay = 0.0  # on matrices and kernels, not on vectors
 
   c.evaluation = ConfigDict()

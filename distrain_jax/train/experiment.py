@@ -15,6 +15,7 @@ from distrain_jax.method import Method, Variables, stateful
 from distrain_jax.train import config as configs
 from distrain_jax.train import (
   initial,
+  mup,
   optimizers,
   pipelined,
   placement,
@@ -243,8 +244,13 @@ def _method(c, model, task, info: data.Info, mesh: Mesh) -> Method:
     for option, of_model in STRUCTURE.items():
       if configs.takes(factory, option):
         chosen[option] = of_model(model, inputs)
+    if c.method.shard == "leaves" and configs.takes(factory, "stacked"):
+      chosen["stacked"] = mup.layers(model, inputs)
     tx = optimizers.build(
-      c.optimizer, c.steps, models.logical_names(model, inputs)
+      c.optimizer,
+      c.steps,
+      models.logical_names(model, inputs),
+      mup.info(c, model, inputs),
     )
   method = factory(trained, tx, **chosen, **validate.chosen_method_options(c))
   # Guarded always: a run that a bad step stopped can then go on from its last

@@ -87,6 +87,8 @@ def from_file(
 def _check_model(described, name: str, model: nn.Module) -> None:
   """Settings that shapes do not show, such as a window or a wavelength."""
   fields = getattr(model, "config", model)
+  if described and hasattr(fields, "mup"):
+    described = {"mup": False} | described  # files may be older than the option
   for option, value in (described or {}).items():
     mine = name if option == "name" else getattr(fields, option, None)
     mine = list(mine) if isinstance(mine, tuple) else mine  # as JSON has it

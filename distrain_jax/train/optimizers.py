@@ -1,10 +1,12 @@
-"""A config's optimizer as an optax transform; all of them elementwise."""
+"""A config's optimizer as an optax transform; all but mulo are elementwise."""
 
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
+
+from distrain_jax.train import mup as parametrisation
 
 DROP = 0.1  # what a step of the schedule "step" multiplies the rate by
 # Logical axes that make no matrix of a vector: along the first, parameters of
@@ -66,7 +68,7 @@ def decay_mask(names: Any) -> Any:
 
 
 def build(
-  c: ConfigDict, steps: int, names: Any = None
+  c: ConfigDict, steps: int, names: Any = None, mup: Any = None
 ) -> optax.GradientTransformation:
   """The transform of `config.optimizer` for a run of that many steps.
 
@@ -75,10 +77,17 @@ def build(
     steps: of the whole run.
     names: the parameters' logical axis names, see `decay_mask`; None for a
       model without them, whose axes are counted.
+    mup: what muP knows of the parameters, for optimizers that use it: see
+      `mup.info`.
+
+  Raises:
+    ValueError, FileNotFoundError: as `mup.build`.
   """
   rate = schedule(c, steps)
   mask = _has_two_axes if names is None else decay_mask(names)
   decay = optax.add_decayed_weights(c.weight_decay, mask=mask)
+  if c.name in parametrisation.NAMES:
+    return parametrisation.build(c, rate, decay, mup)
   if c.name == "adamw":
     return optax.adamw(
       rate,

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distrain_jax import models, pipelining
-from distrain_jax.train import optimizers
+from distrain_jax.train import mup, optimizers
 
 REPLICAS = "data"  # the mesh axis of pipelines side by side
 
@@ -67,16 +67,21 @@ def partition(
 def transforms(
   c: ConfigDict, model: nn.Module, inputs: Any, cut: pipelining.Partition
 ) -> dict[str, Any]:
-  """Each block's optimizer: the config's, with masks made of its own names."""
+  """Each block's optimizer: the config's, with masks made of its own names.
+
+  So is what muP knows, where the optimizer uses it.
+  """
   names = models.logical_names(model, inputs)
+  known = mup.info(c, model, inputs)
   made: dict[Any, Any] = {}  # one for all of equal masks: they share code
 
   def of(block):
     own = names.get(block.name, {})
     leaves, treedef = jax.tree.flatten(optimizers.decay_mask(own))
-    masks = tuple(leaves), treedef
+    infos = None if known is None else known.get(block.name, {})
+    masks = tuple(leaves), treedef, tuple(jax.tree.leaves(infos))
     if masks not in made:
-      made[masks] = optimizers.build(c.optimizer, c.steps, own)
+      made[masks] = optimizers.build(c.optimizer, c.steps, own, infos)
     return made[masks]
 
   return {b.name: of(b) for stage in cut.stages for b in stage}

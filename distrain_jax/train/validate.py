@@ -6,16 +6,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from distrain_jax import methods
-from distrain_jax.train import pipelined, populations
+from distrain_jax.train import mup, pipelined, populations
 from distrain_jax.train.config import options_of, suggest
 
-OPTIMIZERS = ("adam", "adamw", "momentum", "sgd")
+OPTIMIZERS = ("adam", "adamw", "momentum", "sgd", *mup.NAMES)
 SCHEDULES = ("constant", "cosine", "linear", "step")
 DTYPES = ("bfloat16", "float16", "float32")
 MORE_DTYPES = {"estimate_dtype": ("int8",)}  # option -> what else it takes
 AT_LEAST_ONE = (
   "steps",
   "batch_size",
+  "optimizer.tile",
   "evaluation.batch_size",
   "log.every",
   "checkpoint.keep",
@@ -111,6 +112,7 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
       f'file: config.mesh = ConfigDict({{"{axis}": -1}}).'
     )
   populations.check(c)
+  mup.check(c)
   _batch(c, mesh_shape, axis)
   for logical, target in c.sharding.items():
     if target not in mesh_shape or target == axis:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from distrain_jax import learned
-from distrain_jax.learned import rule, tiles
+from distrain_jax.learned import rule, step, tiles
 from distrain_jax.learned.moments import init_moments, next_moments
 
 SHAPES = {
@@ -279,3 +279,52 @@ def test_temporaries_stay_below_64_bytes_an_element():
   step = jax.jit(tx.update, donate_argnums=(0, 1))
   memory = step.lower(x, state, x).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 64 * 4096**2
+
+
+def sizes(n, scaling):
+  """Root mean squares of a hidden matrix's normalised features at width n."""
+  theta, rng = make_theta(), np.random.default_rng(0)
+  draw = lambda power: jnp.asarray(rng.normal(size=(n, n)) / n**power, "f4")
+  rates, moments = learned.decay_rates(theta), None
+  for _ in range(2):  # gradients and parameters as they are under muP
+    g, p = step.seen(1e-4 * draw(1), draw(0.5), 1 / n, scaling)
+    old = init_moments(g, 0, jnp.float32) if moments is None else moments
+    moments = jax.jit(next_moments, static_argnums=3)(rates, old, g, 0)
+  found = rule.features(g, p, moments)
+  rms = lambda f: jnp.sqrt(jnp.mean(rule.normalise(f, 1e-5) ** 2))
+  return np.array([float(rms(f)) for f in found])
+
+
+FADING = [0, *range(2, 9), *range(13, 19)]  # g, m, v, m / root of v, row, col
+VARYING = [9, *range(19, 25)]  # inverse roots of squares
+
+
+def test_features_of_a_hidden_matrix_keep_their_size_at_every_width():
+  narrow, wide = sizes(16, None), sizes(256, None)
+  assert (wide[FADING] < 0.3 * narrow[FADING]).all()
+  narrow, wide = sizes(16, "fan_in"), sizes(256, "fan_in")
+  np.testing.assert_allclose(wide, narrow, rtol=0.1)
+  assert (wide[VARYING] > 0.99).all()
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "reference"])
+def test_scaled_epsilons_see_a_wide_matrix_as_a_narrow_one(implementation):
+  n, few = 64.0, ("tall",)
+  params, grads = ({k: make_tree(i)[k] for k in few} for i in (1, 2))
+  by = lambda tree, x: jax.tree.map(lambda a: np.float32(a / x), tree)
+
+  def step_of(params, grads, mult, eps_scaling):
+    tx = learned.mulo(
+      make_theta(),
+      mup=mult,
+      implementation=implementation,
+      eps_scaling=eps_scaling,
+      tile=8,
+    )
+    return jax.jit(tx.update)(grads, tx.init(params), params)[0]
+
+  plain = step_of(params, grads, 1.0, None)
+  wide = by(params, np.sqrt(n)), by(grads, n)
+  got = step_of(*wide, 1 / n, "fan_in")
+  near = lambda a, b: np.testing.assert_allclose(n * a, b, atol=1e-7, rtol=1e-4)
+  jax.tree.map(near, got, plain)

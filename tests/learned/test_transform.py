@@ -218,6 +218,12 @@ def test_multipliers_that_do_not_match_are_refused(theta):
     learned.mulo(theta, stacked=2).init(params)
 
 
+def test_epsilons_cannot_follow_a_multiplier_of_zero(theta):
+  tx = learned.mulo(theta, mup={"w": 0.0, "b": 1.0}, eps_scaling="fan_in")
+  with pytest.raises(ValueError, match=r"that of params\['w'\] is 0\.0"):
+    tx.init(make_params())
+
+
 def test_missing_parameters_are_refused(theta):
   tx, params = learned.mulo(theta), make_params()
   with pytest.raises(ValueError, match=r"reads the parameters.*tx\.update"):
@@ -232,6 +238,7 @@ def test_missing_parameters_are_refused(theta):
     ({"implementation": "cuda"}, "tiled, reference, pallas.*'cuda'"),
     ({"precision": "low"}, "`precision`.*'low'"),
     ({"update_norm": "l2"}, "`update_norm`.*'l2'"),
+    ({"eps_scaling": "width"}, "`eps_scaling`.*'width'"),
     ({"accumulator_dtype": jnp.int8}, "`accumulator_dtype`.*int8"),
   ],
 )
