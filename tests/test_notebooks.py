@@ -172,3 +172,20 @@ def test_wash_shows_what_its_text_says(outputs):
   assert text.count("members [0, 1, 3] are as they were: True") == 2
   assert "after 800 steps" in text
   assert "8 members on 8 device(s)" in text
+
+
+def test_mulo_shows_what_its_text_says(outputs):
+  text, _ = outputs("mulo")
+  last = lambda name: [
+    float(x) for x in re.search(rf"\n{name} +(.*)\n", text)[1].split()
+  ]
+  narrow, wide = last("mulo")
+  assert wide < narrow
+  narrow, wide = last("its twin without μP")
+  assert wide > narrow
+  assert narrow < last("mulo")[0] and wide > last("mulo")[1]
+  plain, mup = re.findall(r"512 wide over 64 wide: (.*)", text)
+  growth = lambda line: [float(x) for x in re.findall(r" (\d+\.\d+)", line)]
+  assert max(growth(plain)) > 3
+  assert all(1 / 1.3 < x < 1.3 for x in growth(mup))
+  assert float(re.search(r"difference of a weight: (\S+)", text)[1]) < 1e-4

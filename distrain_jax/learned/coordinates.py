@@ -187,6 +187,7 @@ def draw_coordinates(
       same layers as in the panel to the left, where there is no legend.
   """
   # Not pyplot: it would change the backend of a notebook that imports this.
+  from matplotlib import colormaps
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -198,8 +199,10 @@ def draw_coordinates(
   shown: list[str] = []
   for i, (title, check) in enumerate(found.items()):
     axes = panels[divmod(i, columns)]
-    for name, x in check.moved.items():
-      axes.plot(check.widths, x[:, -1], marker="o", ms=3, label=name)
+    shades = colormaps["turbo"](np.linspace(0.05, 0.95, len(check.moved)))
+    for (name, x), shade in zip(check.moved.items(), shades):
+      style = {"color": shade, "marker": "o", "ms": 3}
+      axes.plot(check.widths, x[:, -1], label=name, **style)
     steps = next(iter(check.moved.values())).shape[1]
     axes.set(xscale="log", yscale="log", xlabel="width", title=title)
     axes.set_xticks(check.widths, [str(w) for w in check.widths])

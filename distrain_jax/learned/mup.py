@@ -6,7 +6,8 @@ step by the fan in itself (absolute), not by its ratio to a base (relative).
 
 The rules hold for a model that is in muP: hidden kernels start at 1 / sqrt(fan
 in), the output layer's result is divided by its fan in, and attention logits by
-the head's size, not by its root.
+the head's size, not by its root. Our models are so with `mup=True`, for absolute
+multipliers; whether another one is, `coord_check` shows.
 """
 
 import dataclasses

@@ -37,6 +37,12 @@ from distrain_jax.models.norms import layer_norm
 class GPTNeoConfig:
   """Sizes and settings of a `GPTNeo`; `PRESETS` holds some.
 
+  With `mup` embeddings of tokens and positions start with variance 1, all other
+  weights at 1 / sqrt(fan in), biases at 0: of so many branches, biases of
+  variance 1 would drown the tokens. Attention's scores are divided by the size
+  of a head and logits by embed. The output layer is the embedding all the same:
+  it learns as one and starts as one: logits are random by 1 / sqrt(embed).
+
   Raises:
     ValueError: where a size is not a whole number above 0, `embed` is not a
       multiple of `heads`, `layers` is odd and `scan` on, or a name is unknown.
@@ -55,9 +61,10 @@ class GPTNeoConfig:
   dropout: float = 0.0  # on both branches of a block; needs rngs: dropout
   stochastic_depth: float = 0.0  # of dropping a block's; needs rngs: dropout
   norm_eps: float = 1e-5
-  init_std: float = 0.02  # of all weights; biases are 0 at first
+  init_std: float = 0.02  # of all weights, not with mup; biases are 0 at first
   dtype: str = "float32"  # of the computation
   param_dtype: str = "float32"
+  mup: bool = False  # for mulo, mup_adamw, mup_sgd: see `learned.mup_info`
 
   def __post_init__(self):
     sizes = (
@@ -111,10 +118,10 @@ PRESETS = {
 }
 
 
-def _weight(module, name, names, *shape, writer=False):
-  """A parameter drawn with the model's standard deviation."""
+def _weight(module, name, names, *shape, fan_in, writer=False):
+  """A parameter drawn with the model's standard deviation, or muP's."""
   c = module.config
-  normal = nn.initializers.normal(c.init_std)
+  normal = nn.initializers.normal(fan_in**-0.5 if c.mup else c.init_std)
   return parameter(module, name, normal, shape, names, c.param_dtype, writer)
 
 
@@ -139,14 +146,17 @@ class Attention(nn.Module):
     e, k, d = c.embed, c.heads, c.embed // c.heads
     names = ("embed", numbered("heads", self.index), "head_dim")
     weights = [
-      _weight(self, name, names, e, k, d) for name in ("query", "key", "value")
+      _weight(self, name, names, e, k, d, fan_in=e)
+      for name in ("query", "key", "value")
     ]
-    out = _weight(self, "out", (*names[1:], "embed"), k, d, e, writer=True)
+    names = (*names[1:], "embed")
+    out = _weight(self, "out", names, k, d, e, fan_in=k * d, writer=True)
     bias = _bias(self, "out_bias", "embed", e, writer=True)
     *weights, out, bias = computing(self.config, *weights, out, bias)
     mixed = jax.nn.dot_product_attention(
       *(jnp.einsum("bte,ekd->btkd", x, w) for w in weights),
-      scale=1.0,  # the published models are trained without 1 / sqrt(d)
+      # The published models are trained without 1 / sqrt(d).
+      scale=1 / d if c.mup else 1.0,
       is_causal=True,
       local_window_size=None if self.window is None else (self.window - 1, 0),
       implementation=c.attention,
@@ -164,11 +174,12 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c, mlp = self.config, numbered("mlp", self.index)
+    e, m, names = c.embed, c.mlp, (mlp, "embed")
     arrays = (
-      _weight(self, "up", ("embed", mlp), c.embed, c.mlp),
-      _bias(self, "up_bias", mlp, c.mlp),
-      _weight(self, "down", (mlp, "embed"), c.mlp, c.embed, writer=True),
-      _bias(self, "down_bias", "embed", c.embed, writer=True),
+      _weight(self, "up", names[::-1], e, m, fan_in=e),
+      _bias(self, "up_bias", mlp, m),
+      _weight(self, "down", names, m, e, fan_in=m, writer=True),
+      _bias(self, "down_bias", "embed", e, writer=True),
     )
     up, up_bias, down, down_bias = computing(self.config, *arrays)
     hidden = x @ up
@@ -237,12 +248,16 @@ class GPTNeo(nn.Module):
   def hidden(
     self, tokens: jax.Array, *, train: bool = False
   ) -> tuple[jax.Array, jax.Array]:
-    """What the logits are the product of: x (b, t, e), output layer (e, v)."""
+    """What the logits are the product of: x (b, t, e), output layer (e, v).
+
+    With `mup`, x has been divided by the model's embed.
+    """
     c, t = self.config, tokens.shape[1]
     names = ("vocab", "embed")
-    table = _weight(self, "embedding", names, c.vocab, c.embed)
+    # One row is taken, no sum: a fan in of 1.
+    table = _weight(self, "embedding", names, c.vocab, c.embed, fan_in=1)
     names = ("positions", "embed")
-    places = _weight(self, "position", names, c.positions, c.embed)
+    places = _weight(self, "position", names, c.positions, c.embed, fan_in=1)
     if t > places.shape[0]:
       raise ValueError(
         f"gpt_neo: rows of {t} tokens, but the model knows "
@@ -255,6 +270,7 @@ class GPTNeo(nn.Module):
       self.config, jnp.take(table, tokens, axis=0) + places[None, :t]
     )
     x = layer_norm(c, "final_norm")(self._blocks(x, train))
+    x = x / c.embed if c.mup else x
     return x, *computing(self.config, table.T)
 
   @nn.nowrap

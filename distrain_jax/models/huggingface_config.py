@@ -93,7 +93,16 @@ def from_model(name: str, model: Any) -> dict[str, Any]:
   Args:
     name: gpt_neo or llama.
     model: the `GPTNeoConfig` or `LlamaConfig`.
+
+  Raises:
+    ValueError: for a model with `mup`, whose factors theirs do not have.
   """
+  if model.mup:
+    raise ValueError(
+      f"huggingface: {name} with mup=True divides logits by embed and scores "
+      "by head_dim, which no config.json says. Only models with mup=False can "
+      "be written."
+    )
   config = {"architectures": [CLASSES[name]], "model_type": name}
   config |= {field: value for field, (value, _) in FIXED[name].items()}
   config |= {t: getattr(model, o) for o, (t, *_) in FIELDS[name].items()}

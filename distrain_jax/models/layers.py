@@ -22,6 +22,8 @@ Initializer = Callable[..., jax.Array]
 FAN_OUT_NORMAL = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Within 1 / sqrt(fan in): what PyTorch's layers start from.
 FAN_IN_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# A hidden layer's in muP: what it computes is as large at any width.
+FAN_IN_NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 @flax.struct.dataclass
@@ -115,13 +117,15 @@ def stacked(module: nn.Module, block, length: int):
 
 
 class Dense(nn.Module):
-  """x (..., i) -> x @ kernel + bias (..., o), in `dtype`."""
+  """x (..., i) -> (x @ kernel + bias) / divisor (..., o), in `dtype`."""
 
   features: int
   names: tuple[str, str]  # of the input and output axes
   dtype: str = "float32"
   param_dtype: str = "float32"
   kernel_init: Initializer = nn.initializers.lecun_normal()
+  bias_init: Initializer = nn.initializers.zeros
+  divisor: int = 1  # fan in of an output layer that is in muP
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -136,14 +140,15 @@ class Dense(nn.Module):
     bias = parameter(
       self,
       "bias",
-      nn.initializers.zeros,
+      self.bias_init,
       (self.features,),
       self.names[1:],
       self.param_dtype,
     )
     x, kernel, bias = (a.astype(DTYPES[self.dtype]) for a in (x, kernel, bias))
     y = x @ kernel
-    return y + along_channels(bias, y)
+    y = y + along_channels(bias, y)
+    return y if self.divisor == 1 else y / self.divisor
 
 
 class Conv(nn.Module):

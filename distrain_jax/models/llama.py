@@ -3,7 +3,8 @@
 Touvron et al., 2023, https://arxiv.org/abs/2302.13971; rotary positions: Su et
 al., 2021, https://arxiv.org/abs/2104.09864; SwiGLU: Shazeer, 2020,
 https://arxiv.org/abs/2002.05202; grouped queries: Ainslie et al., 2023,
-https://arxiv.org/abs/2305.13245. No biases.
+https://arxiv.org/abs/2305.13245. No biases. With `mup` in the parametrisation
+of Yang et al., 2022, https://arxiv.org/abs/2203.03466.
 
 Letters in shapes: b sequences, t tokens, e embed, k key-value heads, q queries
 a key-value head, d coordinates of a head, m mlp, v vocab, l layers.
@@ -37,6 +38,12 @@ ATTENTION = {"cudnn": "cudnn", "xla": "xla"}
 class LlamaConfig:
   """Sizes and settings of a `Llama`; `PRESETS` holds some.
 
+  With `mup` an embedding starts with variance 1, the output layer at 0 and all
+  other weights at 1 / sqrt(fan in), those that write to the stream smaller, as
+  without; attention's scores are divided by head_dim, not by its root, and
+  logits by embed. A tied output layer is the embedding all the same: it learns
+  as one, and starts as one, so that logits are random by 1 / sqrt(embed).
+
   Raises:
     ValueError: where a size is not a whole number above 0, `heads` is not a
       multiple of `kv_heads`, or a name is unknown.
@@ -57,9 +64,10 @@ class LlamaConfig:
   stochastic_depth: float = 0.0  # of dropping a block's; needs rngs: dropout
   rope_theta: float = 10_000.0  # wavelengths: 2 pi to 2 pi theta tokens
   norm_eps: float = 1e-5
-  init_std: float = 0.02  # of all weights; below for a branch's last ones
+  init_std: float = 0.02  # of all weights; not with mup; see `std`
   dtype: str = "float32"  # of the computation
   param_dtype: str = "float32"
+  mup: bool = False  # for mulo, mup_adamw, mup_sgd: see `learned.mup_info`
 
   def __post_init__(self):
     sizes = ("vocab", "embed", "layers", "heads", "kv_heads", "mlp")
@@ -90,13 +98,16 @@ class LlamaConfig:
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     options.check_dtypes("llama", **dtypes)
 
-  @property
-  def branch_std(self) -> float:
-    """Initial standard deviation of the weights that write to the stream.
+  def std(self, fan_in: int, writer: bool = False) -> float:
+    """Initial standard deviation of weights.
 
-    Its variance would grow with depth; as in GPT-2, it does not.
+    Args:
+      fan_in: how many inputs are summed over.
+      writer: whether the result is added to the stream, whose variance would
+        grow with depth; as in GPT-2, it does not.
     """
-    return self.init_std / (2 * self.layers) ** 0.5
+    std = fan_in**-0.5 if self.mup else self.init_std
+    return std / (2 * self.layers) ** 0.5 if writer else std
 
 
 _WIDE = LlamaConfig(vocab=32_000, dtype="bfloat16", remat="full")
@@ -136,17 +147,19 @@ def rope(x: jax.Array, theta: float) -> jax.Array:
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def _weight(module, name, std, names, *shape, writer=False):
-  """A parameter drawn with standard deviation `std`, as it is stored."""
-  normal, dtype = nn.initializers.normal(std), module.config.param_dtype
-  return parameter(module, name, normal, shape, names, dtype, writer)
+def _weight(module, name, names, *shape, fan_in, writer=False):
+  """A new or given parameter, as it is stored."""
+  c = module.config
+  normal = nn.initializers.normal(c.std(fan_in, writer))
+  return parameter(module, name, normal, shape, names, c.param_dtype, writer)
 
 
 class Attention(nn.Module):
   """Causal grouped-query attention, x (b, t, e) -> (b, t, e).
 
   Key-value heads are the axis `heads` of all four weights: taking a head takes
-  its queries, key, value and output together. Softmax in float32.
+  its queries, key, value and output together. Softmax in float32, of scores
+  divided by sqrt(d), with `mup` by d.
   """
 
   config: LlamaConfig
@@ -159,12 +172,12 @@ class Attention(nn.Module):
     e, k, q, d = c.embed, c.kv_heads, c.heads // c.kv_heads, c.head_dim
     heads = numbered("heads", self.index)
     names = ("embed", heads, "queries", "head_dim")
-    queries = weight("query", c.init_std, names, e, k, q, d)
+    queries = weight("query", names, e, k, q, d, fan_in=e)
     names = ("embed", heads, "head_dim")
-    keys = weight("key", c.init_std, names, e, k, d)
-    values = weight("value", c.init_std, names, e, k, d)
+    keys = weight("key", names, e, k, d, fan_in=e)
+    values = weight("value", names, e, k, d, fan_in=e)
     names = (heads, "queries", "head_dim", "embed")
-    out = weight("out", c.branch_std, names, k, q, d, e, writer=True)
+    out = weight("out", names, k, q, d, e, fan_in=k * q * d, writer=True)
     queries, keys, values, out = computing(
       self.config, queries, keys, values, out
     )
@@ -176,6 +189,7 @@ class Attention(nn.Module):
       rope(queries, c.rope_theta),
       rope(jnp.einsum("bte,ekd->btkd", x, keys), c.rope_theta),
       jnp.einsum("bte,ekd->btkd", x, values),
+      scale=1 / d if c.mup else None,
       is_causal=True,
       implementation=c.attention,
     )
@@ -193,10 +207,10 @@ class FeedForward(nn.Module):
     c = self.config
     weight = functools.partial(_weight, self)
     names = ("embed", numbered("mlp", self.index))
-    gate = weight("gate", c.init_std, names, c.embed, c.mlp)
-    up = weight("up", c.init_std, names, c.embed, c.mlp)
-    sizes, std = (c.mlp, c.embed), c.branch_std
-    down = weight("down", std, names[::-1], *sizes, writer=True)
+    e, m = c.embed, c.mlp
+    gate = weight("gate", names, e, m, fan_in=e)
+    up = weight("up", names, e, m, fan_in=e)
+    down = weight("down", names[::-1], m, e, fan_in=m, writer=True)
     gate, up, down = computing(self.config, gate, up, down)
     return (nn.silu(x @ gate) * (x @ up)) @ down
 
@@ -241,21 +255,27 @@ class Llama(nn.Module):
   def hidden(
     self, tokens: jax.Array, *, train: bool = False
   ) -> tuple[jax.Array, jax.Array]:
-    """What the logits are the product of: x (b, t, e), output layer (e, v)."""
-    c = self.config
-    sizes, names = (c.vocab, c.embed), ("vocab", "embed")
-    table = _weight(self, "embedding", c.init_std, names, *sizes)
+    """What the logits are the product of: x (b, t, e), output layer (e, v).
+
+    With `mup`, x has been divided by the model's embed.
+    """
+    c, names = self.config, ("vocab", "embed")
+    # One row is taken, no sum: a fan in of 1.
+    table = _weight(self, "embedding", names, c.vocab, c.embed, fan_in=1)
     # Rows are taken before they are cast: their gradients then add up in the
     # parameters' dtype.
     (x,) = computing(self.config, jnp.take(table, tokens, axis=0))  # (b, t, e)
     x = self._blocks(x, train)
     x = RMSNorm("embed", c.norm_eps, c.param_dtype, name="final_norm")(x)
-    if c.tied:
-      head = table.T
-    else:
-      head = _weight(self, "output", c.init_std, names[::-1], *sizes[::-1])
+    head = table.T if c.tied else self._output()
     (head,) = computing(self.config, head)
-    return x, head
+    return x / c.embed if c.mup else x, head
+
+  def _output(self) -> jax.Array:
+    c, names = self.config, ("embed", "vocab")
+    zeros, normal = nn.initializers.zeros, nn.initializers.normal(c.init_std)
+    init_fn, shape = zeros if c.mup else normal, (c.embed, c.vocab)
+    return parameter(self, "output", init_fn, shape, names, c.param_dtype)
 
   @nn.nowrap
   def optional_blocks(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from distrain_jax.models import options
 from distrain_jax.models.layers import (
+  FAN_IN_NORMAL,
   Conv,
   Dense,
   Initializer,
@@ -103,6 +104,10 @@ class ResNet(nn.Module):
 
   A block without parameters is left out; it must be one that keeps the shape.
 
+  With `mup` convolutions start at 1 / sqrt(fan in), the output layer at 0; its
+  result, bias included, is divided by the channels that it reads. Norms start
+  as they do without.
+
   With `norm="batch"` the running statistics live in the collection
   `batch_stats`: apply with `train=True, mutable=["batch_stats"]` to update
   them, and to normalise by the batch.
@@ -124,6 +129,7 @@ class ResNet(nn.Module):
   stochastic_depth: float = 0.0
   dtype: str = "float32"  # of the computation
   param_dtype: str = "float32"
+  mup: bool = False  # for mulo, mup_adamw, mup_sgd: see `learned.mup_info`
 
   def __post_init__(self):
     object.__setattr__(self, "stages", tuple(self.stages))
@@ -156,7 +162,8 @@ class ResNet(nn.Module):
       settings["size"] = self.group_size
     settings["param_dtype"] = self.param_dtype
     norm = functools.partial(NORMS[self.norm], **settings)
-    return functools.partial(Conv, **dtypes), norm
+    start = {"kernel_init": FAN_IN_NORMAL} if self.mup else {}
+    return functools.partial(Conv, **dtypes, **start), norm
 
   @nn.nowrap
   def _places(self) -> list[Place]:
@@ -188,8 +195,10 @@ class ResNet(nn.Module):
     x = nn.relu(norm("conv_out", name="stem_norm")(x, train))
     if self.stem == "imagenet":
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    init = nn.initializers.zeros if self.zero_last_scale else ONES
+    zeros, last = nn.initializers.zeros, channels
+    init = zeros if self.zero_last_scale else ONES
     for place in self._places():
+      last = place.outer
       if not is_given(self, place.name):
         place.check_left_out()
         continue
@@ -207,6 +216,7 @@ class ResNet(nn.Module):
         name=place.name,
       )(x, train=train)
     x = x.mean((1, 2))  # (b, c)
-    dtypes = (self.dtype, self.param_dtype)
-    x = Dense(self.classes, ("conv_in", "classes"), *dtypes, name="output")(x)
+    names, dtypes = ("conv_in", "classes"), (self.dtype, self.param_dtype)
+    start = {"kernel_init": zeros, "divisor": last} if self.mup else {}
+    x = Dense(self.classes, names, *dtypes, **start, name="output")(x)
     return x.astype(jnp.float32)

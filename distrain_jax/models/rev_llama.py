@@ -41,7 +41,7 @@ def check_reversible(owner: str, config) -> None:
 
   Args:
     owner: the model's name, for the message.
-    config: has `scan`, `remat` and `grid`.
+    config: has `scan`, `remat`, `mup` and `grid`.
   """
   if config.scan:
     raise ValueError(
@@ -55,6 +55,11 @@ def check_reversible(owner: str, config) -> None:
       "inputs, but a reversible network reconstructs the inputs too: pass "
       "keep_activations=False to stages.loss_fn, and set remat='none'."
     )
+  if config.mup:
+    raise ValueError(
+      f"{owner}: mup=True is not known of reversible models. Set mup=False, or "
+      f"take {owner.removeprefix('rev_')}."
+    )
   parts.check_grid(owner, config.grid)
 
 
@@ -62,12 +67,12 @@ def check_reversible(owner: str, config) -> None:
 class RevLlamaConfig(llama.LlamaConfig):
   """Sizes and settings of a `RevLlama`; `PRESETS` holds some.
 
-  Those of a `LlamaConfig`, of which `scan`, `remat` and `tied` stay as they
-  are here. With stochastic_depth each coupling is dropped by itself, not the
-  two of a layer together: its F is then 0.
+  Those of a `LlamaConfig`, of which `scan`, `remat`, `tied` and `mup` stay as
+  they are here. With stochastic_depth each coupling is dropped by itself, not
+  the two of a layer together: its F is then 0.
 
   Raises:
-    ValueError: as a `LlamaConfig`; for other values of these three; where
+    ValueError: as a `LlamaConfig`; for other values of these four; where
       `grid` is not a power of two.
   """
 

@@ -25,12 +25,12 @@ LAYERS = {"attention": vit.Attention, "feed_forward": vit.FeedForward}
 class RevViTConfig(vit.ViTConfig):
   """Sizes and settings of a `RevViT`; `PRESETS` holds some.
 
-  Those of a `ViTConfig`, of which `scan` and `remat` stay as they are here.
-  With stochastic_depth each coupling is dropped by itself, not the two of a
-  layer together: its F is then 0.
+  Those of a `ViTConfig`, of which `scan`, `remat` and `mup` stay as they are
+  here. With stochastic_depth each coupling is dropped by itself, not the two of
+  a layer together: its F is then 0.
 
   Raises:
-    ValueError: as a `ViTConfig`; for other values of these two; where `grid`
+    ValueError: as a `ViTConfig`; for other values of these three; where `grid`
       is not a power of two.
   """
 

@@ -5,7 +5,8 @@ Recognition at Scale", 2020, https://arxiv.org/abs/2010.11929: LayerNorm before
 both branches, biases, GELU in its tanh form, a classifier that starts at 0.
 Not its own: the classifier reads the mean over the patches, not an extra token,
 as in Beyer et al., 2022, https://arxiv.org/abs/2205.01580; so do their fixed
-positions, the alternative to learned ones.
+positions, the alternative to learned ones. With `mup` in the parametrisation of
+Yang et al., 2022, https://arxiv.org/abs/2203.03466.
 
 Letters in shapes: b images, h height and w width in pixels, c channels, s side
 of a patch, p patches, e embed, k heads, d coordinates of a head, m mlp.
@@ -43,6 +44,11 @@ ZEROS = nn.initializers.zeros
 class ViTConfig:
   """Sizes and settings of a `ViT`; `PRESETS` holds some.
 
+  With `mup` all weights start with variance 1 / fan in, not Glorot's, which for
+  the patches would depend on the width; attention's scores are divided by the
+  size of a head, not by its root, and logits by embed, the bias included.
+  Biases and positions start as they do without.
+
   Raises:
     ValueError: where a size is not a whole number above 0, `embed` is not a
       multiple of `heads` (of 4 too, for positions="sincos"), or a name is
@@ -64,6 +70,7 @@ class ViTConfig:
   norm_eps: float = 1e-6
   dtype: str = "float32"  # of the computation
   param_dtype: str = "float32"
+  mup: bool = False  # for mulo, mup_adamw, mup_sgd: see `learned.mup_info`
 
   def __post_init__(self):
     sizes = ("classes", "patch", "embed", "layers", "heads", "mlp")
@@ -115,10 +122,11 @@ def sincos(rows: int, columns: int, embed: int) -> jax.Array:
 
 
 def _weight(module, name, names, *shape, inputs=1, writer=False):
-  """A matrix from the first `inputs` axes to the others; Glorot, uniform."""
+  """A matrix from the first `inputs` axes to the others; uniform."""
   axes = tuple(range(len(shape)))
+  mode = "fan_in" if module.config.mup else "fan_avg"  # the latter: Glorot
   init_fn = nn.initializers.variance_scaling(
-    1.0, "fan_avg", "uniform", axes[:inputs], axes[inputs:]
+    1.0, mode, "uniform", axes[:inputs], axes[inputs:]
   )
   dtype = module.config.param_dtype
   return parameter(module, name, init_fn, shape, names, dtype, writer)
@@ -146,7 +154,10 @@ class Attention(nn.Module):
       bias = _bias(self, f"{name}_bias", names[1:], k, d)
       kernel, bias = computing(c, kernel, bias)
       read.append(jnp.einsum("bpe,ekd->bpkd", x, kernel) + bias[None, None])
-    mixed = jax.nn.dot_product_attention(*read, implementation=c.attention)
+    scale = 1 / d if c.mup else None  # None: 1 / sqrt(d)
+    mixed = jax.nn.dot_product_attention(
+      *read, scale=scale, implementation=c.attention
+    )
     names = (*names[1:], "embed")
     out = _weight(self, "out", names, k, d, e, inputs=2, writer=True)
     bias = _bias(self, "out_bias", names[2:], e, writer=True)
@@ -219,7 +230,8 @@ class ViT(nn.Module):
     x = layer_norm(c, "final_norm")(self._blocks(x, train))
     x = x.astype(jnp.float32).mean(1)  # (b, e)
     names, dtypes = ("embed", "classes"), (c.dtype, c.param_dtype)
-    x = Dense(c.classes, names, *dtypes, kernel_init=ZEROS, name="output")(x)
+    own = {"kernel_init": ZEROS, "divisor": c.embed if c.mup else 1}
+    x = Dense(c.classes, names, *dtypes, **own, name="output")(x)
     return x.astype(jnp.float32)
 
   def _tokens(self, image: jax.Array) -> jax.Array:
