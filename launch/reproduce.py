@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from distrain_jax import inspect, spmd, train
-from distrain_jax.train.config import suggest
+from distrain_jax.train.config import default_config, suggest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -165,13 +165,29 @@ def check_same(c: ConfigDict, folder: Path) -> None:
   file = folder / "config.json"
   if not file.exists():
     return
-  old, new = json.loads(file.read_text()), json.loads(c.to_json_best_effort())
-  if old != new:
-    different = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+  read = lambda c: json.loads(c.to_json_best_effort())
+  old, new = json.loads(file.read_text()), read(c)
+  usual = read(default_config())
+  names = {*old, *new}
+  different = [k for k in names if not is_same(k, old, new, usual)]
+  if different:
     raise ValueError(
-      f"{folder} holds a run with another {', '.join(different)}. Choose "
-      "another --workdir, or delete that folder."
+      f"{folder} holds a run with another {', '.join(sorted(different))}. "
+      "Choose another --workdir, or delete that folder."
     )
+
+
+def is_same(name: str, old: Any, new: Any, usual: Any) -> bool:
+  """Of a field; one that is younger than the run was at its default then."""
+  usual = usual if isinstance(usual, dict) else {}
+  if name not in old:
+    return new[name] == usual.get(name)
+  if name not in new:
+    return False
+  old, new = old[name], new[name]
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return old == new
+  return all(is_same(k, old, new, usual.get(name)) for k in {*old, *new})
 
 
 def collect(table: ModuleType, runs: Mapping[str, list[Lines]]) -> Found:

@@ -133,3 +133,27 @@ def test_acco_has_the_micro_batches_of_its_baselines(monkeypatch):
   table = importlib.import_module("launch.reproductions.acco")
   halves = lambda row: methods.HALVES.get(row["name"], 1)
   assert {halves(x) * x["accumulate"] for x in table.ROWS.values()} == {2}
+
+
+def test_a_run_from_before_an_option_was_there_is_this_one(
+  monkeypatch, tmp_path
+):
+  monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+  reproduce = importlib.import_module("launch.reproduce")
+  table = importlib.import_module("launch.reproductions.acco")
+  c = table.config("acco")
+
+  def kept(**changes):
+    old = json.loads(c.to_json_best_effort())
+    del old["optimizer"]["nesterov"], old["method"]["rate"]
+    old["optimizer"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    reproduce.check_same(c, tmp_path)
+
+  kept()
+  for changes in ({"b1": 0.5}, {"unknown": 1}):
+    with pytest.raises(ValueError, match="with another optimizer"):
+      kept(**changes)
+  c.optimizer.nesterov = True
+  with pytest.raises(ValueError, match="with another optimizer"):
+    kept()
