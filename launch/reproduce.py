@@ -178,12 +178,13 @@ def check_same(c: ConfigDict, folder: Path) -> None:
 
 
 def is_same(name: str, old: Any, new: Any, usual: Any) -> bool:
-  """Of a field; one that is younger than the run was at its default then."""
+  """Of a field; one younger than the run was at its default, one that is gone
+  does not matter if it was not set."""
   usual = usual if isinstance(usual, dict) else {}
   if name not in old:
     return new[name] == usual.get(name)
   if name not in new:
-    return False
+    return old[name] is None
   old, new = old[name], new[name]
   if not (isinstance(old, dict) and isinstance(new, dict)):
     return old == new
