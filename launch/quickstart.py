@@ -6,7 +6,8 @@ r"""Every method on scikit-learn's digits: one table, one picture.
 Eight workers on simulated CPU devices train a small MLP; as many stages of a
 reversible one where the method takes a network in stages. The members of a
 population start from different models (those of dart from one), and train for
-twice as many steps. Interrupted, it goes on where it was; finished methods are
+twice as many steps. mulo is no method but a learned optimizer, in ddp, which
+takes a third of them. Interrupted, it goes on where it was; finished methods are
 not trained again.
 """
 
@@ -20,7 +21,7 @@ from distrain_jax import inspect, methods, spmd, train
 from distrain_jax.train import curves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configs import digits
+from configs import digits, digits_mulo
 from configs.petra import digits as petra_digits
 from configs.wash import digits as wash_digits
 
@@ -29,7 +30,7 @@ STEPS = flags.DEFINE_integer("steps", None, "Of each run; unset: the config's.")
 WORKERS = 8
 AVERAGED = 120  # steps: whole rounds of all that exchange every so many
 
-ROWS = tuple(methods.FACTORIES)  # one a method, in their order
+ROWS = (*methods.FACTORIES, "mulo")  # one a method, in their order
 POPULATION_STEPS = 600
 SETTINGS = {  # of config.method, for so short a run
   "wash": {"rate": 0.1},  # 60 shuffles of a weight of the first layer
@@ -91,6 +92,8 @@ def one(method: str, folder: Path) -> tuple[str, ...]:
 
 def config_of(method: str) -> ConfigDict:
   """What a method trains, and how."""
+  if method == "mulo":
+    return digits_mulo.get_config()
   base = petra_digits if method in methods.PIPELINED else digits
   config = base.get_config()
   if method in methods.POPULATIONS:
