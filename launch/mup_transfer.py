@@ -147,6 +147,11 @@ def losses(case: Case, setting: str, width: int) -> list[list[float]]:
   return np.asarray(run(rates, jax.device_put(task.data))).tolist()
 
 
+def finite(x: float) -> float | None:
+  """JSON has a null for what has diverged, and no infinity."""
+  return x if math.isfinite(x) else None
+
+
 def summary(rows: dict[str, list[list[float]]], powers) -> dict[str, Any]:
   """The mean over seeds, each width's best power of two, and the drift.
 
@@ -154,13 +159,12 @@ def summary(rows: dict[str, list[list[float]]], powers) -> dict[str, Any]:
     rows: width -> (rates, seeds).
     powers: of two, the rates.
   """
-  finite = lambda x: x if math.isfinite(x) else math.inf
   means = {
     w: [finite(sum(seeds) / len(seeds)) for seeds in x] for w, x in rows.items()
   }
-  best = {
-    w: powers[min(range(len(x)), key=x.__getitem__)] for w, x in means.items()
-  }
+  there = lambda x: [(y, i) for i, y in enumerate(x) if y is not None]
+  least = lambda x: min(there(x), default=(0.0, 0))[1]
+  best = {w: powers[least(x)] for w, x in means.items()}
   of_widths, widest = list(best.values()), list(means.values())[-1]
   return {
     "powers": list(powers),
@@ -171,6 +175,10 @@ def summary(rows: dict[str, list[list[float]]], powers) -> dict[str, Any]:
     "transferred": widest[powers.index(of_widths[0])],
     "at the grid's end": any(p in (powers[0], powers[-1]) for p in of_widths),
   }
+
+
+def told(loss: float | None) -> str:
+  return "diverged" if loss is None else f"{loss:.3f}"
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -187,13 +195,15 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
       for i, (width, mean) in enumerate(found["mean"].items()):
         at = found["powers"].index(found["best"][width])
         shade = f"C{i}"
-        axes.plot(found["powers"], mean, color=shade, label=width)
-        axes.plot(found["best"][width], mean[at], "o", color=shade)
-        lowest = min(lowest, *mean)
+        shown = [math.nan if x is None else x for x in mean]
+        axes.plot(found["powers"], shown, color=shade, label=width)
+        axes.plot(found["best"][width], shown[at], "o", color=shade)
+        lowest = min(lowest, math.inf if mean[at] is None else mean[at])
       axes.set(title=f"{task}: {setting}", xlabel="log2 of the rate")
       axes.grid(alpha=0.3)
     row[0].set_ylabel("training loss at the end")
-    first = max(x["mean"][w][0] for x in by_setting.values() for w in x["mean"])
+    starts = [m[0] for x in by_setting.values() for m in x["mean"].values()]
+    first = max((x for x in starts if x is not None), default=2 * lowest)
     row[0].set_ylim(lowest - 0.05 * (first - lowest), first)
     row[-1].legend(title="width", fontsize="small")
   figure.savefig(path, dpi=130)
@@ -219,10 +229,11 @@ def main(argv) -> None:
       for width in widths:
         rows[str(width)] = losses(case, setting, width)
         found = summary(rows, powers)
-        results.setdefault(name, {})[setting] = {"losses": rows, **found}
+        kept = {w: [list(map(finite, x)) for x in y] for w, y in rows.items()}
+        results.setdefault(name, {})[setting] = {"losses": kept, **found}
         best = found["best"][str(width)]
-        low = min(found["mean"][str(width)])
-        print(f"{name}, {setting}, {width}: 2^{best}, {low:.3f}", flush=True)
+        low = told(found["mean"][str(width)][powers.index(best)])
+        print(f"{name}, {setting}, {width}: 2^{best}, {low}", flush=True)
         whole = {
           "steps": STEPS.value,
           "seeds": SEEDS.value,
@@ -233,8 +244,8 @@ def main(argv) -> None:
         out.with_suffix(".json").write_text(line)
       print(f"{name}, {setting}: the best rate moves by 2^{found['drift']}")
       print(
-        f"{name}, {setting}, {widths[-1]}: {found['transferred']:.3f} at the "
-        f"best rate of {widths[0]}"
+        f"{name}, {setting}, {widths[-1]}: {told(found['transferred'])} at "
+        f"the best rate of {widths[0]}"
       )
   draw(results, out.with_suffix(".png"))
 

@@ -125,7 +125,9 @@ class Dense(nn.Module):
   param_dtype: str = "float32"
   kernel_init: Initializer = nn.initializers.lecun_normal()
   bias_init: Initializer = nn.initializers.zeros
-  divisor: int = 1  # fan in of an output layer that is in muP
+  # Fan in of an output layer that is in muP. As in the muLO authors' models it
+  # divides the bias, too, which on wide networks then hardly matters.
+  divisor: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
