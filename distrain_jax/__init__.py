@@ -28,6 +28,7 @@ from distrain_jax.learned import save_theta as save_theta
 from distrain_jax.learned import scale_by_mulo as scale_by_mulo
 from distrain_jax.learned import scale_by_mup as scale_by_mup
 from distrain_jax.learned import scale_by_velo as scale_by_velo
+from distrain_jax.learned import theta_from_pickle as theta_from_pickle
 from distrain_jax.learned import theta_from_torch as theta_from_torch
 from distrain_jax.learned import theta_to_torch as theta_to_torch
 from distrain_jax.learned import velo as velo

@@ -1,14 +1,16 @@
 r"""Tests a learned optimizer on tasks that it was not meta-trained on.
 
   python launch/meta_test.py                             # the shipped weights
-  python launch/meta_test.py --theta=runs/mulo/theta.safetensors --seeds=1
+  python launch/meta_test.py --theta=runs/mulo/theta.safetensors --seeds=1 \
+    --out=runs/mulo
 
 Wider, deeper and longer than in meta-training, other data, a conv net and a
 transformer; against AdamW and muP's AdamW, with a default rate and with the
 best of several for each task by itself, and SGD likewise. The learned one is
 tuned nowhere. Beside it a learned optimizer that was made without muP (lo_sp).
 Writes results/mulo.json after every task and goes on from there, and mulo.png;
-prints a table.
+prints a table. What was made with other weights, steps, seeds or another JAX is
+left alone: give another folder with --out.
 """
 
 import functools
@@ -117,7 +119,7 @@ class Learned(NamedTuple):
   """A theta, and what it is used with."""
 
   theta: Any
-  step_mult: float
+  options: dict[str, Any]  # of `mulo`, that it was made with
   about: dict[str, Any]  # to be kept: which theta it was
 
 
@@ -129,10 +131,9 @@ def makers(task, mulo: Learned, twin: Learned):
 
   mup = task.mup != 1.0
   if mup:
-    size = mulo.step_mult
     return {
       "mulo": (
-        lambda x: learned.mulo(x, mup=task.mup, step_mult=size),
+        lambda x: learned.mulo(x, mup=task.mup, **mulo.options),
         [mulo.theta],
       ),
       "mup_adamw": (
@@ -144,7 +145,7 @@ def makers(task, mulo: Learned, twin: Learned):
     "adamw": (lambda x: optax.adamw(x), list(RATES["adamw"])),
     "sgd": (lambda x: optax.sgd(x, momentum=0.9), list(RATES["sgd"])),
     "lo_sp": (
-      lambda x: learned.mulo(x, mup=1.0, step_mult=twin.step_mult),
+      lambda x: learned.mulo(x, mup=1.0, **twin.options),
       [twin.theta],
     ),
   }
@@ -195,17 +196,20 @@ def cell(values: list[float]) -> str:
   return f"{mean:.3f} ± {statistics.stdev(values):.3f}"
 
 
+def columns(results: dict[str, Any]) -> list[str]:
+  """The optimizers of any row, in the order in which they appear."""
+  found = dict.fromkeys(n for x in results.values() for n in x["losses"])
+  return [n for n in found if not n.endswith("best rate")]
+
+
 def table(results: dict[str, Any]) -> str:
-  """Markdown: a line a task, a column an optimizer."""
-  names = [
-    n
-    for n in next(iter(results.values()))["losses"]
-    if not n.endswith("best rate")
-  ]
+  """Markdown: a line a task, a column an optimizer; – where it was not run."""
+  names = columns(results)
   lines = ["| task | new | " + " | ".join(names) + " |"]
   lines.append("|" + "---|" * (len(names) + 2))
   for task, x in results.items():
-    cells = " | ".join(cell(x["losses"][n]) for n in names)
+    losses = x["losses"]
+    cells = " | ".join(cell(losses[n]) if n in losses else "–" for n in names)
     lines.append(f"| {task} | {x['new']} | {cells} |")
   return "\n".join(lines)
 
@@ -216,17 +220,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
   from matplotlib.figure import Figure
 
   rows = {w: results.get(f"MLP, {w} wide") for w in WIDTHS}
-  rows = {w: x["losses"] for w, x in rows.items() if x}
+  rows = {w: x for w, x in rows.items() if x}
   if not rows:
     return
   figure = Figure(figsize=(6, 4), layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.subplots()
-  names = [n for n in next(iter(rows.values())) if not n.endswith("best rate")]
-  for name in names:
-    means = [statistics.fmean(x[name]) for x in rows.values()]
+  for name in columns(rows):
+    known = {w: x["losses"] for w, x in rows.items() if name in x["losses"]}
+    means = [statistics.fmean(losses[name]) for losses in known.values()]
     style = {"lw": 2.5, "color": "black"} if name == "mulo" else {"lw": 1}
-    axes.plot(list(rows), means, marker="o", ms=3, label=name, **style)
+    axes.plot(list(known), means, marker="o", ms=3, label=name, **style)
   axes.set(xscale="log", xlabel="width", ylabel="training loss")
   axes.set_xticks(list(rows), [str(w) for w in rows])
   axes.minorticks_off()
@@ -237,35 +241,54 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def find(file: str | None, mup: bool) -> Learned:
-  """The theta in a file, or the shipped one."""
+  """The theta in a file, or the shipped one.
+
+  Args:
+    file: None for the shipped one.
+    mup: whether it is to be one that was made under muP, or its twin.
+
+  Raises:
+    UsageError: a file that was made the other way.
+    ValueError: a file that is no theta of mulo's.
+  """
   from distrain_jax import learned
   from distrain_jax.learned import storage
 
   if file is None:
-    theta, made_with = storage.shipped("meta_test", mup)
-    size, about = made_with.step_mult, {"file": storage.SHIPPED[mup]}
+    theta, made = storage.shipped("meta_test", mup)
+    about = {"file": storage.SHIPPED[mup]}
   else:
     theta, metadata = learned.load_theta(file)
-    size, about = float(metadata["step_mult"]), {"file": file, **metadata}
+    made, about = storage.made_with(file, metadata), {"file": file, **metadata}
+    own, other = ("theta", "twin") if mup else ("twin", "theta")
+    if made.mup is not None and made.mup != mup:
+      raise app.UsageError(
+        f"--{own}={file} was made {'under' if made.mup else 'without'} muP; "
+        f"--{own} wants one that was made {'under' if mup else 'without'} it. "
+        f"Give it as --{other}."
+      )
+    learned.check_theta(f"--{own}={file}", theta)
   whole = b"".join(theta[name].tobytes() for name in sorted(theta))
   about["sha256"] = hashlib.sha256(whole).hexdigest()
-  return Learned(theta, size, about)
+  return Learned(theta, made.options, about)
 
 
 def kept(file: Path, made: dict[str, Any]) -> dict[str, Any]:
-  """The results of a file, without those that were made with something else."""
-  if not file.exists():
-    return {}
-  old = json.loads(file.read_text())
-  learned_ones = ("mulo", "lo_sp")
-  same = {name: old.get(name) == value for name, value in made.items()}
-  if not all(same[name] for name in made if name not in learned_ones):
-    return {}
-  stale = [name for name in learned_ones if not same[name]]
-  results = old["results"]
-  for row in results.values():
-    for name in stale:
-      row["losses"].pop(name, None)
+  """The results of a file, to go on from.
+
+  Raises:
+    UsageError: they were made with something else, and would be lost.
+  """
+  old = json.loads(file.read_text()) if file.exists() else {}
+  results = old.get("results", {})
+  other = [name for name, value in made.items() if old.get(name) != value]
+  if results and other:
+    raise app.UsageError(
+      f"{file} has results that were made with other {', '.join(other)} "
+      f"(seeds={old.get('seeds')}, steps={old.get('steps')}, "
+      f"jax={old.get('jax')}), and they would be lost. Give another folder "
+      "with --out=FOLDER, or move the file away."
+    )
   return results
 
 

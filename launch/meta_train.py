@@ -85,14 +85,25 @@ def architecture(c):
   """The rule's constants, and theta's start as a function of a key."""
   from distrain_jax import learned
 
-  if c.architecture == "small_fc":
-    return learned.Rule(c.step_mult, c.exp_mult, c.feature_eps), (
-      learned.init_theta
-    )
-  if c.architecture != "velo":
+  if c.architecture not in ("small_fc", "velo"):
     raise ValueError(
       f"config.architecture={c.architecture!r} is small_fc, muLO's, or velo."
     )
+  known = {"update_norm": "rms", "eps_scaling": "fan_in"}
+  for field, value in known.items():
+    if c[field] and (c[field] != value or c.architecture == "velo"):
+      raise ValueError(
+        f"config.{field}={c[field]!r} is '' or, of small_fc alone, {value}."
+      )
+  if c.architecture == "small_fc":
+    rule = learned.Rule(
+      c.step_mult,
+      c.exp_mult,
+      c.feature_eps,
+      update_norm=c.update_norm or None,
+      eps_scaling=c.eps_scaling or None,
+    )
+    return rule, learned.init_theta
   rule = learned.VeloRule(
     num_steps=c.max_length,  # each trajectory is told its own
     lstm=c.lstm,
@@ -223,9 +234,11 @@ def about(c, step: int) -> dict[str, str]:
   """What a theta's file says of its making."""
   velo = {"lstm": str(c.lstm), "bank": str(c.bank)}
   velo["interp_mult"] = str(c.interp_mult)
+  velo["param_scale_mult"] = str(not c.mup)
+  small = {"update_norm": c.update_norm, "eps_scaling": c.eps_scaling}
   return {
     "architecture": c.architecture,
-    **(velo if c.architecture == "velo" else {}),
+    **(velo if c.architecture == "velo" else small),
     "step_mult": str(c.step_mult),
     "exp_mult": str(c.exp_mult),
     "feature_eps": str(c.feature_eps),

@@ -31,6 +31,8 @@ def default() -> ConfigDict:
   c.step_mult = 0.01  # scale of a learned step; 0.001 is usual without muP
   c.exp_mult = 0.001
   c.feature_eps = 1e-5
+  c.update_norm = ""  # small_fc's; rms: a step over its root mean square
+  c.eps_scaling = ""  # small_fc's; fan_in: epsilons that follow the width
   c.pairs = 8  # of each task
   c.truncation = 50  # inner steps of a meta-step
   c.sigma = 0.01  # deviation of the noise on theta

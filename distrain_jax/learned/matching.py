@@ -17,7 +17,8 @@ from distrain_jax.learned.kinds import MuInfo
 _PATH = jax.tree_util.keystr
 
 
-def _is_hole(x: Any) -> bool:
+def is_hole(x: Any) -> bool:
+  """Whether a place in a tree is that of a parameter held elsewhere."""
   return x is None or isinstance(x, optax.MaskedNode)
 
 
@@ -43,8 +44,8 @@ def match(name: str, tree: Any, params: Any) -> Any:
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   wanted = [_PATH(path) for path, _ in flat]
   missing = [path for path in wanted if path not in given]
-  known = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hole)
-  holes = [_PATH(path) for path, leaf in known if _is_hole(leaf)]
+  known = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hole)
+  holes = [_PATH(path) for path, leaf in known if is_hole(leaf)]
   unknown = [
     path
     for path in given.keys() - set(wanted)

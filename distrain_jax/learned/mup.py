@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from distrain_jax.learned import matching
 from distrain_jax.learned.kinds import KINDS, MuInfo
 
 # Names of axes that grow with the width, without the number at their end.
@@ -57,7 +58,8 @@ def mup_info(
   """What muP knows of each parameter, for `mulo`, `mup_adamw`, `mup_sgd`.
 
   Args:
-    params: arrays, or anything with shapes (`jax.eval_shape`).
+    params: arrays, or anything with shapes (`jax.eval_shape`); what is held
+      elsewhere (`optax.MaskedNode`, None) is passed over.
     names: a tree like params with a tuple of logical axis names in each place;
       for our models `models.logical_names(model, example)`.
     other: shapes of the same model at another width: axes that differ grow.
@@ -95,9 +97,9 @@ def mup_info(
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = [jax.tree_util.keystr(path) for path, _ in flat]
   shapes = [tuple(np.shape(x)) for _, x in flat]
-  axes = _leaves("names", names, treedef, shapes)
-  others = _leaves("other", other, treedef, shapes)
-  bases = _leaves("base", base, treedef, shapes)
+  axes = _leaves("names", names, params, shapes)
+  others = _leaves("other", other, params, shapes)
+  bases = _leaves("base", base, params, shapes)
   found = []
   for i, shape in enumerate(shapes):
     if axes is not None:
@@ -112,7 +114,8 @@ def mup_info(
         info, base_fan_in=at_base[0], base_fan_out=at_base[1]
       )
     found.append(info)
-  found = _override(found, paths, overrides or {})
+  is_part = any(map(matching.is_hole, _places(params)))
+  found = _override(found, paths, overrides or {}, is_part)
   guessed = [p for p, info in zip(paths, found) if info.guessed]
   if guessed:
     warnings.warn(
@@ -137,16 +140,24 @@ def mup_multipliers(params: Any, **options: Any) -> Any:
   return jax.tree.map(lambda x: x.multiplier, info)
 
 
-def _leaves(name, tree, treedef, shapes):
+def _places(params):
+  """The leaves and, between them, the holes."""
+  return jax.tree.leaves(params, is_leaf=matching.is_hole)
+
+
+def _leaves(name, tree, params, shapes):
   """A tree's leaves in the parameters' order; tuples and shapes of arrays."""
   if tree is None:
     return None
+  treedef = jax.tree.structure(params, is_leaf=matching.is_hole)
   try:
     leaves = treedef.flatten_up_to(tree)
   except (ValueError, TypeError) as e:
     raise ValueError(
       f"mup_info: `{name}` is no tree like the parameters: {e}"
     ) from e
+  known = zip(_places(params), leaves)
+  leaves = [x for place, x in known if not matching.is_hole(place)]
   is_shape = lambda x: isinstance(x, tuple)
   leaves = [x if is_shape(x) else tuple(np.shape(x)) for x in leaves]
   for leaf, shape in zip(leaves, shapes):
@@ -224,7 +235,7 @@ def _guess(shape, stacked) -> MuInfo:
   )
 
 
-def _override(found, paths, overrides):
+def _override(found, paths, overrides, is_part):
   found = list(found)
   for pattern, kind in overrides.items():
     if kind not in KINDS:
@@ -233,7 +244,7 @@ def _override(found, paths, overrides):
         f"{kind!r}."
       )
     fits = [i for i, path in enumerate(paths) if re.search(pattern, path)]
-    if not fits:
+    if not fits and not is_part:  # else it may be of what is elsewhere
       raise ValueError(
         f"mup_info: no parameter's path has overrides[{pattern!r}] in it; the "
         f"first paths are {', '.join(paths[:4])}."

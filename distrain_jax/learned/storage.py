@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +24,52 @@ from distrain_jax.learned.velo.theta import (
 SHIPPED = {True: "mulo.safetensors", False: "lo_sp.safetensors"}
 
 
+# What the metadata of mulo's theta may hold -> options of `mulo`.
+NUMBERS = ("step_mult", "exp_mult", "feature_eps")
+CHOICES = ("update_norm", "eps_scaling")
+# Its `mup` -> whether theta was made under muP.
+PARAMETRISATIONS = {"absolute": True, "none": False}
+
+
 class MadeWith(NamedTuple):
   """The settings that a theta was meta-trained with, and must be used with."""
 
-  step_mult: float
+  options: dict[str, Any]  # of `mulo`; those that are known
+  mup: bool | None  # whether under muP; None: not known
+
+
+def made_with(name: str, metadata: Mapping[str, str]) -> MadeWith:
+  """What a file of mulo's theta says of its use.
+
+  >>> made_with("example", {"step_mult": "0.01", "mup": "none"})
+  MadeWith(options={'step_mult': 0.01}, mup=False)
+
+  Args:
+    name: of the file, for the message.
+    metadata: of `load_theta`; a choice that is "" or "None" is none.
+
+  Raises:
+    ValueError: an entry that can't be read.
+  """
+  options: dict[str, Any] = {}
+  for key in NUMBERS:
+    if key in metadata:
+      try:
+        options[key] = float(metadata[key])
+      except ValueError as e:
+        raise ValueError(
+          f"{name}: its metadata has {key}={metadata[key]!r}, wanted a number."
+        ) from e
+  for key in CHOICES:
+    if metadata.get(key, "None") not in ("", "None"):
+      options[key] = metadata[key]
+  mup = metadata.get("mup")
+  if mup is not None and mup not in PARAMETRISATIONS:
+    raise ValueError(
+      f"{name}: its metadata has mup={mup!r}, wanted "
+      f"{' or '.join(PARAMETRISATIONS)}, or no such entry."
+    )
+  return MadeWith(options, PARAMETRISATIONS[mup] if mup is not None else None)
 
 
 def check_any(name: str, theta: Theta) -> list[str]:
@@ -56,7 +98,7 @@ def save_theta(
   Args:
     path: of the file.
     theta: the arrays, of either architecture.
-    metadata: strings by name; `step_mult` is read when weights are shipped.
+    metadata: strings by name, of which `made_with` reads some.
 
   Raises:
     ValueError: a theta of another schema.
@@ -137,4 +179,4 @@ def shipped(name: str, mup: bool) -> tuple[Theta, MadeWith]:
       f"{'under muP' if mup else 'without muP (mup=None)'}. Pass {way_out}."
     )
   theta, metadata = _read(file.name, file.read_bytes())
-  return theta, MadeWith(float(metadata["step_mult"]))
+  return theta, made_with(file.name, metadata)

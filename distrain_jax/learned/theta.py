@@ -85,10 +85,12 @@ def check_theta(name: str, theta: Any) -> None:
     )
   missing, unknown = wanted.keys() - theta.keys(), theta.keys() - wanted.keys()
   if missing or unknown:
+    way_out = "Weights in PyTorch's layout: theta_from_torch."
+    if "lstm_w" in theta:
+      way_out = "These are VeLO's numbers, which velo(theta) takes."
     raise ValueError(
       f"{name}: `theta` lacks {sorted(missing)} and has unknown "
-      f"{sorted(unknown)}; it has the arrays {', '.join(wanted)}. Weights in "
-      "PyTorch's layout: theta_from_torch."
+      f"{sorted(unknown)}; it has the arrays {', '.join(wanted)}. {way_out}"
     )
   width = np.shape(theta["b0"])
   hidden = width[0] if len(width) == 1 else HIDDEN

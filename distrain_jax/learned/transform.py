@@ -111,7 +111,8 @@ def scale_by_mulo(
 def _transform(name, theta, mup, stacked, step_mult) -> Callable:
   if theta is None:
     theta, made_with = storage.shipped(name, mup is not None)
-    step_mult = made_with.step_mult if step_mult is None else step_mult
+    if step_mult is None:
+      step_mult = made_with.options["step_mult"]
   check_theta(name, theta)
   step_mult = STEP_MULT if step_mult is None else step_mult
 

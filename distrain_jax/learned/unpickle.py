@@ -13,10 +13,12 @@ Their theta is a mapping of `nn`, in which the layers `w0`, `b0`, ... are under
 """
 
 import io
+import itertools
 import os
 import pathlib
 import pickle
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,7 +26,11 @@ import numpy as np
 from distrain_jax.learned.theta import Theta, check_theta, shapes
 
 LARGEST = 64 << 20  # bytes of a file; theta has some 10 kB
+MOST = 100_000  # values in all; theta has some 20
 KINDS = "fiub"  # floats, integers, booleans: no objects, no records
+
+# What is shared is printed again and again by `repr`: without end, if nested.
+short = reprlib.repr
 
 
 class _Name:
@@ -52,13 +58,13 @@ class _Kind:
 
   def __init__(self, text: Any, *_: Any):
     if not isinstance(text, str) or not text or text[0] not in KINDS:
-      raise pickle.UnpicklingError(f"it has arrays of dtype {text!r}")
+      raise pickle.UnpicklingError(f"it has arrays of dtype {short(text)}")
     self.text, self.order = text, "="
 
   def __setstate__(self, state: Any) -> None:
     order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
     if order not in ("<", ">", "=", "|"):
-      raise pickle.UnpicklingError(f"it has a dtype's state {state!r}")
+      raise pickle.UnpicklingError(f"it has a dtype's state {short(state)}")
     self.order = order
 
   def made(self) -> np.dtype:
@@ -108,7 +114,7 @@ def _mapping(*given: Any) -> dict:
 
 def _text(text: Any, encoding: Any = "latin1") -> bytes:
   if not isinstance(text, str) or encoding != "latin1":
-    raise pickle.UnpicklingError(f"it has text in {encoding!r}")
+    raise pickle.UnpicklingError(f"it has text in {short(encoding)}")
   return text.encode("latin1")
 
 
@@ -141,7 +147,9 @@ class _Reader(pickle.Unpickler):
     return _Name(known)
 
   def persistent_load(self, pid: Any) -> NoReturn:
-    raise pickle.UnpicklingError(f"it refers to {pid!r}, outside of the file")
+    raise pickle.UnpicklingError(
+      f"it refers to {short(pid)}, outside of the file"
+    )
 
 
 def read_pickle(path: str | os.PathLike) -> Any:
@@ -155,8 +163,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: not a pickle, one of above 64 MiB, or one that asks for
-      anything else, by name.
+    ValueError: not a pickle, one of above 64 MiB or 100,000 values, or one that
+      asks for anything else, by name.
   """
   path = pathlib.Path(path)
   size = path.stat().st_size
@@ -166,7 +174,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
       f"nothing above {LARGEST:,} is read. Save theta alone."
     )
   try:
-    return _plain(_Reader(io.BytesIO(path.read_bytes())).load())
+    tree = _Reader(io.BytesIO(path.read_bytes())).load()
+    return _plain(tree, itertools.count())
   except Exception as e:  # a pickle can go wrong in any way
     raise ValueError(
       f"read_pickle: {path} is no pickle of dicts and arrays of numbers: {e}. "
@@ -175,14 +184,24 @@ def read_pickle(path: str | os.PathLike) -> Any:
     ) from e
 
 
-def _plain(tree: Any) -> Any:
-  """Without our stand-ins."""
+def _plain(tree: Any, seen: Iterator[int]) -> Any:
+  """Without our stand-ins, and nothing shared: a few bytes can nest references.
+
+  Args:
+    tree: what was read.
+    seen: counts values, each as often as it is referred to.
+  """
+  if next(seen) >= MOST:
+    raise pickle.UnpicklingError(f"it holds more than {MOST:,} values")
   if isinstance(tree, _Array):
     tree = tree.value
   if isinstance(tree, dict):
-    return {k: _plain(v) for k, v in tree.items()}
+    odd = [k for k in tree if not isinstance(k, (str, int))]
+    if odd:
+      raise pickle.UnpicklingError(f"it has a key of {type(odd[0]).__name__}")
+    return {k: _plain(v, seen) for k, v in tree.items()}
   if isinstance(tree, (list, tuple)):
-    return type(tree)(map(_plain, tree))
+    return type(tree)(_plain(v, seen) for v in tree)
   simple = (np.ndarray, str, bytes, int, float, type(None))
   if not isinstance(tree, simple):
     raise pickle.UnpicklingError(f"it holds {type(tree).__name__}")

@@ -14,12 +14,10 @@ import optax
 from ml_collections import ConfigDict
 
 from distrain_jax import learned, models
+from distrain_jax.learned import storage
 
 NAMES = ("mulo", "mup_adamw", "mup_sgd")
 USUAL = 1e-3  # config.optimizer.learning_rate, of Adam's steps
-# What a file of theta says of how it was made -> options of `mulo`.
-NUMBERS = ("step_mult", "exp_mult", "feature_eps")
-CHOICES = ("update_norm", "eps_scaling")
 
 
 def check(c: ConfigDict) -> None:
@@ -40,10 +38,27 @@ def check(c: ConfigDict) -> None:
       "which has learned how far to go. Set --config.optimizer.learning_rate=1 "
       "for its own steps."
     )
-  if name not in NAMES or not o.mup or not c.model.get("name"):
+  under = name in NAMES and o.mup
+  if name == "mup_adamw" and under and o.learning_rate == USUAL:
+    raise ValueError(
+      f"config.optimizer.learning_rate={USUAL} is of adamw: steps of mup_adamw "
+      "on hidden kernels are divided by their fan in. Try "
+      "--config.optimizer.learning_rate=0.03."
+    )
+  if not c.model.get("name"):
     return
+  if c.model.get("mup") and not under:
+    off = " with config.optimizer.mup=False" if name in NAMES else ""
+    raise ValueError(
+      f"config.model.mup=True builds {c.model.name!r} in muP, but "
+      f"config.optimizer.name={name!r}{off} steps as without. Set "
+      "--config.model.mup=False, or choose mup_adamw, mup_sgd or mulo with "
+      "--config.optimizer.mup=True."
+    )
+  # Reversible ones have the field of what they are made from, and refuse it.
   can = "mup" in models.valid_options(c.model.name)
-  if not (can and c.model.get("mup")):
+  can = can and not c.model.name.startswith("rev_")
+  if under and not (can and c.model.get("mup")):
     build = "set --config.model.mup=True" if can else "choose another model"
     raise ValueError(
       f"config.optimizer.name={name!r} steps as muP does, but the model "
@@ -123,7 +138,8 @@ def options(c: ConfigDict) -> dict[str, Any]:
   """Those of `scale_by_mulo` that config.optimizer and its file decide.
 
   Raises:
-    ValueError: a file that is no theta.
+    ValueError: a file that is no theta, or one that was made in the other
+      parametrisation.
     FileNotFoundError: no such file.
   """
   chosen = {"implementation": c.implementation, "tile": c.tile}
@@ -135,7 +151,13 @@ def options(c: ConfigDict) -> dict[str, Any]:
       f"config.optimizer.theta={c.theta!r}: no such file. launch/meta_train.py "
       "writes one, theta.safetensors in its folder; '' are the shipped weights."
     )
-  theta, made = learned.load_theta(path)
-  chosen |= {k: float(made[k]) for k in NUMBERS if k in made}
-  chosen |= {k: made[k] for k in CHOICES if made.get(k, "None") != "None"}
-  return {"theta": theta, **chosen}
+  theta, metadata = learned.load_theta(path)
+  made = storage.made_with(str(path), metadata)
+  if made.mup is not None and made.mup != bool(c.mup):
+    raise ValueError(
+      f"config.optimizer.theta={c.theta!r} was made "
+      f"{'under' if made.mup else 'without'} muP, but config.optimizer.mup="
+      f"{c.mup}. Set --config.optimizer.mup={made.mup} and "
+      f"--config.model.mup={made.mup}, or choose a file that fits."
+    )
+  return {"theta": theta, **made.options, **chosen}

@@ -130,6 +130,25 @@ def test_names_of_another_rank_are_refused():
     learned.mup_info({"w": jnp.zeros((2, 3))}, names={"w": ("embed",)})
 
 
+def test_what_is_held_elsewhere_is_passed_over():
+  """As optimizers in groups or shards see it: MaskedNode, None as holes."""
+  params, names = mlp(16)
+  options = {"names": names, "mode": "relative", "base": mlp(8)[0]}
+  whole = learned.mup_info(params, **options, overrides={"output": "fixed"})
+  hole = optax.MaskedNode()
+  held = {
+    "dense_0": {"kernel": hole, "bias": params["dense_0"]["bias"]},
+    "dense_1": {"kernel": params["dense_1"]["kernel"], "bias": None},
+    "output": hole,
+  }
+  got = learned.mup_info(held, **options, overrides={"output": "fixed"})
+  assert got == {
+    "dense_0": {"kernel": hole, "bias": whole["dense_0"]["bias"]},
+    "dense_1": {"kernel": whole["dense_1"]["kernel"], "bias": None},
+    "output": hole,
+  }
+
+
 def test_mulo_takes_layers_and_multipliers_from_the_info():
   names = {"w": ("layers", "embed", "mlp"), "b": ("layers", "mlp")}
   params = {"w": jnp.ones((3, 4, 6)), "b": jnp.ones((3, 6))}

@@ -1,6 +1,7 @@
 """The weights in the package: there, described, and worth using."""
 
 import importlib.resources
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,39 @@ def test_every_file_has_a_card_and_says_how_it_was_made():
     assert all(np.isfinite(x).all() for x in theta.values())
     card = (FOLDER / file.name.replace(".safetensors", ".md")).read_text()
     assert f"{int(metadata['meta_steps']):,} meta-steps" in card
+
+
+@pytest.mark.parametrize("mup", [True, False])
+def test_they_are_made_with_what_mulo_has_by_default(mup):
+  _, made = storage.shipped("test", mup)
+  assert made.mup is mup
+  usual = inspect.signature(learned.scale_by_mulo).parameters
+  others = {k: x for k, x in made.options.items() if k != "step_mult"}
+  assert others and others == {k: usual[k].default for k in others}
+
+
+def test_metadata_becomes_options_of_mulo():
+  metadata = {"step_mult": "0.5", "exp_mult": "1e-3", "feature_eps": "1e-05"}
+  metadata |= {"update_norm": "rms", "eps_scaling": "", "tasks": "x"}
+  options = {"step_mult": 0.5, "exp_mult": 0.001, "feature_eps": 1e-5}
+  wanted = storage.MadeWith({**options, "update_norm": "rms"}, None)
+  assert storage.made_with("x", metadata) == wanted
+  metadata |= {"update_norm": "None", "eps_scaling": "fan_in", "mup": "none"}
+  wanted = storage.MadeWith({**options, "eps_scaling": "fan_in"}, False)
+  assert storage.made_with("x", metadata) == wanted
+  assert storage.made_with("x", {}) == storage.MadeWith({}, None)
+
+
+@pytest.mark.parametrize(
+  ("metadata", "says"),
+  [
+    ({"step_mult": "big"}, "x: its metadata has step_mult='big', wanted a num"),
+    ({"mup": "relative"}, "x: its metadata has mup='relative', wanted absolut"),
+  ],
+)
+def test_metadata_that_cannot_be_read_is_refused(metadata, says):
+  with pytest.raises(ValueError, match=says):
+    storage.made_with("x", metadata)
 
 
 def test_they_train_a_network_they_never_saw_as_well_as_mup_adam():

@@ -117,6 +117,7 @@ def state_of_a_name():
     (b"cnumpy\nndarray\n.", "holds _Name"),
     ({"x": np.array([object], object)}, "arrays of dtype 'O8'"),
     ({"x": {1, 2}}, "it holds set"),
+    ({("x", 1): 2}, "it has a key of tuple"),
     (b"not a pickle", "is no pickle"),
     (b"", "is no pickle"),
   ],
@@ -159,6 +160,39 @@ def test_a_pickle_without_theta_says_what_it_has(theta, write):
   del few["nn"]["~"]["b2"]
   with pytest.raises(ValueError, match=r"lacks \['b2'\]"):
     unpickle.theta_from_pickle(write(few))
+
+
+@pytest.mark.parametrize("fork", ["lists", "tuples", "dicts"])
+def test_references_that_double_at_each_level_are_refused(fork, theta, write):
+  """Written out, 2 ** 60 values; pickled, each level once."""
+  make = {
+    "lists": lambda x: [x, x],
+    "tuples": lambda x: (x, x),
+    "dicts": lambda x: {"nn": x, "b": x},
+  }[fork]
+  tree = theirs(theta)
+  for _ in range(60):
+    tree = make(tree)
+  path = write(tree)
+  assert path.stat().st_size < 20_000
+  with pytest.raises(ValueError, match="it holds more than 100,000 values"):
+    unpickle.theta_from_pickle(path)
+
+
+def test_messages_about_shared_things_end(write):
+  """The state of a dtype is tuples of 2 ** 60 nothings."""
+  raw = b"cnumpy\ndtype\n(S'f4'\ntR(" + b"N" + b"2\x86" * 60 + b"tb."
+  with pytest.raises(ValueError, match="it has a dtype's state"):
+    unpickle.read_pickle(write(b"\x80\x02" + raw))
+
+
+def test_a_few_shared_values_are_read_as_often(theta, write):
+  x = np.ones(3)
+  a, b = unpickle.read_pickle(write([[x, 1], [x, 1]]))
+  assert a[1] == b[1] == 1
+  equal({"x": a[0], "y": b[0]}, {"x": x, "y": x})
+  path = write({"a": [7] * 1000, "theta": theirs(theta)})
+  equal(unpickle.theta_from_pickle(path), theta)
 
 
 def test_a_file_that_is_too_large_is_not_read(write, monkeypatch):

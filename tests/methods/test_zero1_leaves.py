@@ -297,13 +297,26 @@ def grouped(first, second):
     lambda: grouped(optax.sgd(0.1), optax.clip_by_global_norm(1.0)),
     lambda: optax.apply_if_finite(optax.sgd(0.1), 3),
     lambda: optax.chain(optax.sgd(0.1), optax.add_noise(0.1, 0.5, 0)),
+    lambda: optax.chain(
+      optax.sgd(0.1), optax.add_noise(0.1, 0.5, jax.random.key(0))
+    ),
+    lambda: optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
     lambda: optax.contrib.prodigy(0.1),
   ],
-  ids=["norm", "norm of a group", "finite", "noise", "prodigy"],
+  ids=[
+    "norm",
+    "norm of a group",
+    "finite",
+    "noise",
+    "noise by a typed key",
+    "micro-batches",
+    "prodigy",
+  ],
 )
 def test_what_needs_all_leaves_is_refused_by_init(make):
   run = dj.simulate(leaves(make()), workers=2)
-  with pytest.raises(ValueError, match=r"zero1 with shard='leaves'.*clip_norm"):
+  says = r"zero1 with shard='leaves'.*clip_norm.*accumulate=.*MultiSteps"
+  with pytest.raises(ValueError, match=says):
     run.abstract(KEY, make_params())
 
 
@@ -333,6 +346,88 @@ def test_layers_that_an_optimizer_mixes_are_refused():
     run.abstract(KEY, make_params())
   whole = dj.zero1(loss_fn, tx, shard="leaves")
   dj.simulate(whole, workers=2).abstract(KEY, make_params())
+
+
+BLOCK = optax.clip_by_block_rms
+FACTORED = {"multiply_by_parameter_scale": False, "clipping_threshold": None}
+
+
+@pytest.mark.parametrize(
+  ("make", "shape"),
+  [
+    (lambda: optax.chain(BLOCK(10.0), optax.sgd(0.1)), (3, 4, 4)),
+    (lambda: optax.chain(BLOCK(1e6), optax.sgd(0.1)), (3, 4, 4)),
+    (
+      lambda: optax.chain(
+        optax.scale_by_adam(b2=0.99), BLOCK(1.0), optax.scale(-0.1)
+      ),
+      (3, 4, 4),
+    ),
+    (lambda: optax.adafactor(0.1, **FACTORED), (128, 256)),
+    (lambda: optax.adafactor(0.1, **FACTORED), (300, 128, 256)),
+    (
+      lambda: optax.chain(optax.clip_by_global_norm(100.0), optax.sgd(0.1)),
+      (3, 4, 4),
+    ),
+    (lambda: optax.apply_if_finite(optax.sgd(0.1), 3), (3, 4, 4)),
+  ],
+  ids=[
+    "large gradients",
+    "huge gradients",
+    "after spikes",
+    "factored",
+    "factored otherwise",
+    "norm of a lone leaf",
+    "finite",
+  ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_that_are_mixed_at_some_sizes_only_are_refused(
+  make, shape, dtype
+):
+  params = {"w": jax.ShapeDtypeStruct(shape, dtype)}
+  check_leafwise("zero1", make(), params, (False,))
+  with pytest.raises(ValueError, match=r"\['w'\] together.*stacked=0"):
+    check_leafwise("zero1", make(), params, (True,))
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    TXS["adamw"],
+    lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    lambda: optax.chain(optax.clip(1.0), optax.lion(0.1)),
+    lambda: optax.adafactor(0.1, **FACTORED),  # too small to be factored
+    muon,
+    lambda: learned.mulo(mup=0.5, stacked=STACKED),
+    lambda: learned.mulo(mup=0.5, stacked=STACKED, nan_to_num=False),
+  ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_layers_that_are_not_mixed_are_let_pass(make, dtype):
+  params = jax.tree.map(lambda x: x.astype(dtype), make_params())
+  check_leafwise("zero1", make(), params, tuple(map(bool, STACKED.values())))
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda mup: learned.mulo(mup=mup),
+    lambda mup: learned.mup_adamw(0.05, mup),
+  ],
+  ids=["mulo", "mup_adamw"],
+)
+def test_mup_may_be_a_function_of_the_parameters(make):
+  """It is called on trees with holes for others' leaves."""
+  late = lambda params: learned.mup_info(
+    params, names=NAMES, overrides={"v": "output"}
+  )
+  states = [
+    dj.simulate(leaves(make(mup)), workers=4).abstract(KEY, make_params())
+    for mup in (late, late(make_params()))
+  ]
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kinds(states[0]) == kinds(states[1])
 
 
 @pytest.mark.parametrize(

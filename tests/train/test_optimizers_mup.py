@@ -133,6 +133,29 @@ def test_a_file_decides_theta_and_how_it_was_made(config, tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("made", "under"), [("absolute", False), ("none", True)]
+)
+def test_a_file_of_the_other_parametrisation_is_refused(
+  made, under, config, tmp_path
+):
+  theta = jax.jit(learned.init_theta)(jax.random.key(0))
+  path = tmp_path / "theta.safetensors"
+  c = config("mulo", **{"optimizer.mup": under, "optimizer.theta": str(path)})
+  learned.save_theta(path, theta, {"mup": made})
+  other = not under
+  says = (
+    rf"config.optimizer.mup={under}\. Set --config.optimizer.mup={other} and"
+  )
+  with pytest.raises(ValueError, match=says):
+    mup.options(c.optimizer)
+  c.optimizer.mup = other
+  assert "theta" in mup.options(c.optimizer)
+  learned.save_theta(path, theta)  # says nothing: fits both
+  c.optimizer.mup = under
+  assert "step_mult" not in mup.options(c.optimizer)
+
+
+@pytest.mark.parametrize(
   "method",
   [{"name": "ddp"}, pytest.param(LEAVES, marks=pytest.mark.full)],
   ids=["ddp", "zero1"],
@@ -192,9 +215,42 @@ def test_layers_may_be_on_different_workers_by_whole_leaves(tiny):
   assert held < 1.1 * 2 * size(shapes) / run.workers
 
 
+ADAMW = {"optimizer.name": "mup_adamw", "optimizer.learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"optimizer.mup": False, "model.mup": False},
+    {**ADAMW, "optimizer.learning_rate": 0.03},
+    {**ADAMW, "optimizer.mup": False, "model.mup": False},
+    {**ADAMW, "optimizer.name": "mup_sgd"},
+    {"optimizer.name": "adamw", "model.mup": False},
+    {"optimizer.mup": False, "model": ConfigDict({"name": "rev_llama"})},
+  ],
+)
+def test_what_fits_passes(changes, config):
+  mup.check(config("mulo", **changes))
+
+
 @pytest.mark.parametrize(
   ("changes", "says"),
   [
+    (ADAMW, "are divided by their fan in. Try --config.optimizer.learning_rat"),
+    (
+      {"optimizer.name": "adamw"},
+      "config.model.mup=True builds 'mlp' in muP, but config.optimizer.name="
+      "'adamw' steps as without. Set --config.model.mup=False, or choose mup_ad",
+    ),
+    (
+      {"optimizer.mup": False},
+      "name='mulo' with config.optimizer.mup=False steps as without. Set --con",
+    ),
+    (
+      {"model": ConfigDict({"name": "rev_llama"})},
+      "'rev_llama' is not built in it: choose another model, or --config.optim",
+    ),
     ({"optimizer.learning_rate": 1e-3}, "learning_rate=0.001 multiplies the"),
     ({"optimizer.tile": 0}, "config.optimizer.tile=0 must be at least 1"),
     ({"optimizer.implementation": "cuda"}, "`implementation` is one of tiled"),

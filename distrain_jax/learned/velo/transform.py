@@ -5,7 +5,8 @@ https://arxiv.org/abs/2211.09760. Its form under muP: Thérien et al., 2024,
 https://arxiv.org/abs/2406.00153.
 
 An LSTM follows every tensor, the loss, and how much of the training is over,
-and makes for each tensor the small network that moves its elements.
+and makes for each tensor the small network that moves its elements. The methods
+of this package do not pass on the loss: it is for training loops of one's own.
 """
 
 import numbers
@@ -148,8 +149,9 @@ def scale_by_velo(
       raise ValueError(
         f"{name}: the learned rule reads the parameters and the loss; missing "
         f"is {' and '.join(missing)}. Call tx.update(grads, state, params, "
-        "value=loss). A transform around this one must be built to pass on "
-        "extra arguments, as optax.chain is."
+        "value=loss), in a training loop of your own: the methods of this "
+        "package do not pass on the loss. A transform around this one must be "
+        "built to pass on extra arguments, as optax.chain is."
       )
     more = given(params)
     return velo_step(
@@ -169,6 +171,9 @@ def velo(
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """VeLO, a learned optimizer with a schedule of its own.
+
+  It is for training loops of one's own: its `update` needs the loss, which the
+  methods of this package do not pass on.
 
   Args:
     theta: the learned numbers, a dict as `init_velo_theta`, `load_theta` and

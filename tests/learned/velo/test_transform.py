@@ -246,6 +246,8 @@ def test_wrong_theta_is_refused(theta):
     make({**few, "c": 1})
   with pytest.raises(ValueError, match=r"muLO's numbers, which mulo\(theta\)"):
     make(learned.init_theta(KEY))
+  with pytest.raises(ValueError, match=r"VeLO's numbers, which velo\(theta\)"):
+    learned.mulo(theta)
   with pytest.raises(ValueError, match=r"dict of the arrays.*got str"):
     make("velo.safetensors")
   with pytest.raises(ValueError, match=r"lstm=0, bank=3"):
@@ -255,7 +257,10 @@ def test_wrong_theta_is_refused(theta):
 def test_a_missing_loss_or_missing_parameters_are_refused(theta):
   tx, params = make(theta), make_params()
   state = tx.init(params)
-  says = r"missing is value\..*tx\.update\(grads, state, params, value=loss\)"
+  says = (
+    r"missing is value\..*tx\.update\(grads, state, params, value=loss\), in a "
+    "training loop of your own: the methods of this package do not pass"
+  )
   with pytest.raises(ValueError, match=says):
     tx.update(params, state, params)
   with pytest.raises(ValueError, match=r"missing is params\."):
