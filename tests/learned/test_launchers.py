@@ -133,7 +133,7 @@ def says(f, *args):
   try:
     print(f(*args))
   except (app.UsageError, ValueError) as e:
-    print(str(e)[:130])
+    print(e)
 
 print(m.find("with", True).options, m.find("without", False).options)
 print(sorted(m.find(None, False).options))
@@ -162,7 +162,8 @@ m.draw(rows, Path("mulo.png"))
 """
   done = python("-c", code, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines() == [
+  lines = done.stdout.splitlines()
+  wanted = [
     "{} {'step_mult': 0.5, 'update_norm': 'rms'}",
     "['exp_mult', 'feature_eps', 'step_mult']",
     "--theta=without was made without muP; --theta wants one that was made "
@@ -182,6 +183,8 @@ m.draw(rows, Path("mulo.png"))
     "| MLP, 16 wide |  | 1.000 | – |",
     "| MLP, 32 wide |  | 2.000 | 2.000 ± 0.707 |",
   ]
+  assert [x[: len(y)] for x, y in zip(lines, wanted, strict=True)] == wanted
+  assert "with --out=FOLDER, or move the file away" in done.stdout
   assert (tmp_path / "mulo.png").read_bytes()[:4] == b"\x89PNG"
 
 
