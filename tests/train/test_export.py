@@ -59,6 +59,7 @@ def test_a_file_has_the_bits_of_the_runs_model(method, trained, tmp_path):
     "name": "mlp",
     "activation": "relu",
     "classes": 10,
+    "mup": False,
     "widths": [24],
   }
 
