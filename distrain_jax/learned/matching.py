@@ -117,3 +117,23 @@ def check_positive(name: str, multipliers: Any) -> None:
         f"params{_PATH(path)} is {x}. Wanted one above 0: freeze a parameter "
         "with optax.masked instead."
       )
+
+
+def read_options(name: str, mup: Any, stacked: Any, params: Any) -> dict:
+  """A step's options `multipliers` and `stacked`, as trees like the parameters.
+
+  Args:
+    name: of the transform, for messages.
+    mup: as for `mulo`; may be a function of the parameters.
+    stacked: as for `mulo`.
+    params: of the transform.
+
+  Raises:
+    ValueError: from `match`.
+  """
+  own = mup(params) if callable(mup) else mup
+  multipliers, layers = read_mup(own, stacked)
+  return {
+    "multipliers": match(f"{name}: mup", multipliers, params),
+    "stacked": match(f"{name}: stacked", layers, params),
+  }

@@ -76,31 +76,57 @@ def check_theta(name: str, theta: Any) -> None:
   Raises:
     ValueError: saying which entry is missing, unknown or of another shape.
   """
-  wanted = shapes()
+  made = (
+    "Make one with init_theta(key), read one with load_theta(path), or leave "
+    "it None for the shipped weights."
+  )
+  way_out = "Weights in PyTorch's layout: theta_from_torch."
+  if isinstance(theta, Mapping) and "lstm_w" in theta:
+    way_out = "These are VeLO's numbers, which velo(theta) takes."
+  check_names(name, theta, shapes(), made, way_out)
+  width = np.shape(theta["b0"])
+  hidden = width[0] if len(width) == 1 else HIDDEN
+  of = (
+    f"{hidden} hidden units. Kernels are (in, out); a PyTorch weight is "
+    "transposed: theta_from_torch."
+  )
+  check_shapes(name, theta, shapes(hidden), of)
+
+
+def check_names(
+  name: str, theta: Any, wanted: Mapping[str, Any], made: str, way_out: str
+) -> None:
+  """Refuses what is no dict, or one of other arrays, and says how to mend it.
+
+  Args:
+    name: of the caller.
+    theta: arrays or tracers by name.
+    wanted: anything by the names that there should be.
+    made: how to come by a theta.
+    way_out: what a dict of other arrays may be.
+  """
   if not isinstance(theta, Mapping):
     raise ValueError(
       f"{name}: `theta` is a dict of the arrays {', '.join(wanted)}; got "
-      f"{type(theta).__name__}. Make one with init_theta(key), read one with "
-      "load_theta(path), or leave it None for the shipped weights."
+      f"{type(theta).__name__}. {made}"
     )
   missing, unknown = wanted.keys() - theta.keys(), theta.keys() - wanted.keys()
   if missing or unknown:
-    way_out = "Weights in PyTorch's layout: theta_from_torch."
-    if "lstm_w" in theta:
-      way_out = "These are VeLO's numbers, which velo(theta) takes."
     raise ValueError(
       f"{name}: `theta` lacks {sorted(missing)} and has unknown "
       f"{sorted(unknown)}; it has the arrays {', '.join(wanted)}. {way_out}"
     )
-  width = np.shape(theta["b0"])
-  hidden = width[0] if len(width) == 1 else HIDDEN
-  for entry, shape in shapes(hidden).items():
+
+
+def check_shapes(
+  name: str, theta: Any, wanted: Mapping[str, tuple[int, ...]], of: str
+) -> None:
+  """Refuses an array of another shape; `of` says what the wanted ones are for."""
+  for entry, shape in wanted.items():
     got = np.shape(theta[entry])
     if got != shape:
       raise ValueError(
-        f"{name}: theta[{entry!r}] has shape {got}, wanted {shape} for "
-        f"{hidden} hidden units. Kernels are (in, out); a PyTorch weight is "
-        "transposed: theta_from_torch."
+        f"{name}: theta[{entry!r}] has shape {got}, wanted {shape} for {of}"
       )
 
 

@@ -63,11 +63,13 @@ def element_features(x: Inputs) -> jax.Array:
   return jnp.concatenate(parts)
 
 
-def _of_sides(x: jax.Array) -> jax.Array:
+def of_sides(x: jax.Array) -> jax.Array:
+  """A row's or a column's 6 features of its 3 averages."""
   return jnp.concatenate([x, jax.lax.rsqrt(x + 1e-8)])  # (6, *s with ones)
 
 
-def _squares(x: jax.Array) -> jax.Array:
+def sum_squares(x: jax.Array) -> jax.Array:
+  """Of each feature, over all but the first axis."""
   return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
 
 
@@ -94,7 +96,7 @@ def fold(
     scale = jax.lax.rsqrt(eps + mean_square)
     return (kernel[np.asarray(rows)] * scale[:, None]).T
 
-  mean = lambda x: _squares(_of_sides(x)) / (x.size // 3)
+  mean = lambda x: sum_squares(of_sides(x)) / (x.size // 3)
   time = jnp.matmul(time_features(count), kernel[TIME:], precision="highest")
   return Folded(
     element=scaled(ELEMENT, element),
@@ -116,7 +118,7 @@ def network(net: Folded, x: Inputs, exp_mult, precision) -> jax.Array:
     return jnp.matmul(kernel, x.reshape(x.shape[0], -1), precision=precision)
 
   def spread(kernel, side):
-    few = _of_sides(side)
+    few = of_sides(side)
     y = dot(kernel, few).reshape(-1, *few.shape[1:])
     return jnp.broadcast_to(y, (y.shape[0], *shape)).reshape(y.shape[0], -1)
 
@@ -215,16 +217,47 @@ def inputs(grad: jax.Array, param: jax.Array, moments: Moments) -> Inputs:
   return Inputs(grad[None], param[None], moments.m, moments.v[None], side)
 
 
-def mean_squares(parts: Parts, size: int) -> jax.Array:
-  """Of the 16 features of an element, (16,)."""
-  squares = lambda x: _squares(element_features(x))
-  total = jnp.zeros(len(ELEMENT), jnp.float32)
+def mean_squares(
+  parts: Parts, size: int, features: Callable = element_features
+) -> jax.Array:
+  """Of the features of an element, (16,) for those here.
+
+  Args:
+    parts: of a parameter.
+    size: its number of elements.
+    features: `(inputs of a tile) -> (number of features, *s)`.
+  """
+  squares = lambda x: sum_squares(features(x))
   if parts.rest is not None:
     total = squares(parts.rest)
+  else:
+    like = jax.eval_shape(lambda: squares(parts.at(0)))
+    total = jnp.zeros(like.shape, jnp.float32)
   if parts.cut.count:
     add = lambda j, total: total + squares(parts.at(j))
     total = jax.lax.fori_loop(0, parts.cut.count, add, total)
   return total / size
+
+
+def over_tiles(
+  parts: Parts, shape: tuple[int, ...], go: Callable[[Inputs], jax.Array]
+) -> jax.Array:
+  """What `go` makes of each tile, put together, `shape` and float32."""
+  cut = parts.cut
+  if not cut.count:
+    return go(parts.rest)
+
+  def put(j, out):
+    y = go(parts.at(j))
+    return jax.lax.dynamic_update_index_in_dim(out, y, j, cut.axis + 1)
+
+  before, after = shape[: cut.axis], shape[cut.axis + 1 :]
+  out = jnp.zeros((*before, cut.rows, cut.count, *after), jnp.float32)
+  out = jax.lax.fori_loop(0, cut.count, put, out)
+  out = out.reshape(*before, cut.covered, *after)
+  if parts.rest is None:
+    return out
+  return jnp.concatenate([out, go(parts.rest)], cut.axis)
 
 
 def direction(
@@ -245,19 +278,4 @@ def direction(
   sizes = mean_squares(parts, grad.size)
   net = fold(theta, count, sizes, whole.sides, feature_eps)
   go = lambda x: network(net, x, exp_mult, precision)
-  cut = parts.cut
-  if not cut.count:
-    return go(parts.rest)
-
-  def put(j, out):
-    y = go(parts.at(j))
-    return jax.lax.dynamic_update_index_in_dim(out, y, j, cut.axis + 1)
-
-  shape = list(grad.shape)
-  shape[cut.axis : cut.axis + 1] = [cut.rows, cut.count]
-  out = jax.lax.fori_loop(0, cut.count, put, jnp.zeros(shape, jnp.float32))
-  shape[cut.axis : cut.axis + 2] = [cut.covered]
-  out = out.reshape(shape)
-  if parts.rest is None:
-    return out
-  return jnp.concatenate([out, go(parts.rest)], cut.axis)
+  return over_tiles(parts, grad.shape, go)

@@ -10,6 +10,7 @@ divided by the fan in, and what was learned on narrow networks holds on wide
 ones.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,13 +121,7 @@ def _transform(name, theta, mup, stacked, step_mult) -> Callable:
     rule = Rule(step_mult=step_mult, **options)
     _check(name, rule)
 
-    def given(params):
-      own = mup(params) if callable(mup) else mup
-      multipliers, layers = matching.read_mup(own, stacked)
-      return {
-        "multipliers": matching.match(f"{name}: mup", multipliers, params),
-        "stacked": matching.match(f"{name}: stacked", layers, params),
-      }
+    given = functools.partial(matching.read_options, name, mup, stacked)
 
     def init(params):
       found = given(params)

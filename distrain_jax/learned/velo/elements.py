@@ -64,14 +64,6 @@ def element_features(x: tiles.Inputs) -> jax.Array:
   )
 
 
-def _of_sides(x):
-  return jnp.concatenate([x, jax.lax.rsqrt(x + 1e-8)])  # (6, *s with ones)
-
-
-def _squares(x):
-  return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
-
-
 def _fold(mixture, element, side, eps) -> Net:
   """`Net` from mean squares of the element's features and from the sides."""
   kernel = mixture["w0"]
@@ -80,7 +72,7 @@ def _fold(mixture, element, side, eps) -> Net:
     scale = jax.lax.rsqrt(eps + mean_square)
     return (kernel[np.asarray(rows)] * scale[:, None]).T
 
-  mean = lambda x: _squares(_of_sides(x)) / (x.size // 3)
+  mean = lambda x: tiles.sum_squares(tiles.of_sides(x)) / (x.size // 3)
   return Net(
     element=scaled(ELEMENT, element),
     row=scaled(ROW, mean(side.row)),
@@ -104,8 +96,8 @@ def _network(net: Net, x: tiles.Inputs, exp_mult, precision) -> jax.Array:
   bias = lambda b: b.reshape(-1, *(1,) * len(shape))
   y = dot(net.element, element_features(x)) + bias(net.b0)
   # A row's or a column's share: (4, *s) with 1 where an axis was averaged.
-  y += dot(net.row, _of_sides(x.sides.row))
-  y += dot(net.col, _of_sides(x.sides.col))
+  y += dot(net.row, tiles.of_sides(x.sides.row))
+  y += dot(net.col, tiles.of_sides(x.sides.col))
   y = jax.nn.relu(dot(net.w1, jax.nn.relu(y)) + bias(net.b1))
   d, mag, _ = dot(net.w2, y) + bias(net.b2)
   return d * jnp.exp(exp_mult * mag)
@@ -136,25 +128,7 @@ def direction(
   """
   whole = inputs(grad, param, moments)
   parts = tiles.cut_up(whole, tile)
-  cut, rest = parts.cut, parts.rest
-  squares = lambda x: _squares(element_features(x))
-  total = (
-    jnp.zeros(len(ELEMENT), jnp.float32) if rest is None else squares(rest)
-  )
-  add = lambda j, total: total + squares(parts.at(j))
-  total = jax.lax.fori_loop(0, cut.count, add, total)
-  net = _fold(mixture, total / grad.size, whole.sides, feature_eps)
+  sizes = tiles.mean_squares(parts, grad.size, element_features)
+  net = _fold(mixture, sizes, whole.sides, feature_eps)
   go = lambda x: _network(net, x, exp_mult, precision)
-  if not cut.count:
-    return go(rest)
-
-  def put(j, out):
-    y = go(parts.at(j))
-    return jax.lax.dynamic_update_index_in_dim(out, y, j, cut.axis + 1)
-
-  shape = list(grad.shape)
-  shape[cut.axis : cut.axis + 1] = [cut.rows, cut.count]
-  out = jax.lax.fori_loop(0, cut.count, put, jnp.zeros(shape, jnp.float32))
-  shape[cut.axis : cut.axis + 2] = [cut.covered]
-  out = out.reshape(shape)
-  return out if rest is None else jnp.concatenate([out, go(rest)], cut.axis)
+  return tiles.over_tiles(parts, grad.shape, go)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distrain_jax.learned.theta import Theta
+from distrain_jax.learned.theta import Theta, check_names, check_shapes
 
 LSTM = 512  # h, as published
 BANK = 256  # k, as published
@@ -111,31 +111,18 @@ def check_velo_theta(name: str, theta: Any) -> tuple[int, int]:
   Raises:
     ValueError: saying which entry is missing, unknown or of another shape.
   """
-  wanted = velo_shapes()
-  if not isinstance(theta, Mapping):
-    raise ValueError(
-      f"{name}: `theta` is a dict of the arrays {', '.join(wanted)}; got "
-      f"{type(theta).__name__}. Make one with init_velo_theta(key), read one "
-      "with load_theta(path)."
-    )
-  missing, unknown = wanted.keys() - theta.keys(), theta.keys() - wanted.keys()
-  if missing or unknown:
-    way_out = "Make one with init_velo_theta(key)."
-    if "momentum_decays" in theta:
-      way_out = "These are muLO's numbers, which mulo(theta) takes."
-    raise ValueError(
-      f"{name}: `theta` lacks {sorted(missing)} and has unknown "
-      f"{sorted(unknown)}; it has the arrays {', '.join(wanted)}. {way_out}"
-    )
+  made = "Make one with init_velo_theta(key)"
+  way_out = f"{made}."
+  if isinstance(theta, Mapping) and "momentum_decays" in theta:
+    way_out = "These are muLO's numbers, which mulo(theta) takes."
+  made += ", read one with load_theta(path)."
+  check_names(name, theta, velo_shapes(), made, way_out)
   start, bank = np.shape(theta["start_hidden"]), np.shape(theta["bank_b0"])
   lstm = start[0] if len(start) == 1 else LSTM
   count = bank[0] if bank else BANK
-  for entry, shape in velo_shapes(lstm, count).items():
-    got = np.shape(theta[entry])
-    if got != shape:
-      raise ValueError(
-        f"{name}: theta[{entry!r}] has shape {got}, wanted {shape} for "
-        f"{lstm} units of the LSTM and a bank of {count}. Kernels are (in, "
-        "out); the bank's have its networks first."
-      )
+  of = (
+    f"{lstm} units of the LSTM and a bank of {count}. Kernels are (in, out); "
+    "the bank's have its networks first."
+  )
+  check_shapes(name, theta, velo_shapes(lstm, count), of)
   return lstm, count

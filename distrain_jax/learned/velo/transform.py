@@ -9,6 +9,7 @@ and makes for each tensor the small network that moves its elements. The methods
 of this package do not pass on the loss: it is for training loops of one's own.
 """
 
+import functools
 import numbers
 from typing import Any
 
@@ -127,13 +128,7 @@ def scale_by_velo(
   )
   check_rule(name, rule)
 
-  def given(params):
-    own = mup(params) if callable(mup) else mup
-    multipliers, layers = matching.read_mup(own, stacked)
-    return {
-      "multipliers": matching.match(f"{name}: mup", multipliers, params),
-      "stacked": matching.match(f"{name}: stacked", layers, params),
-    }
+  given = functools.partial(matching.read_options, name, mup, stacked)
 
   def init(params):
     found = given(params)
