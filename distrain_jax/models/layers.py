@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from distrain_jax.models.convolution import convolve
 from distrain_jax.models.options import DTYPES
 
 Initializer = Callable[..., jax.Array]
@@ -179,14 +180,8 @@ class Conv(nn.Module):
       ("spatial_0", "spatial_1", *self.names),
       self.param_dtype,
     )
-    dtype, pad = DTYPES[self.dtype], self.size // 2
-    y = jax.lax.conv_general_dilated(
-      x.astype(dtype),
-      kernel.astype(dtype),
-      window_strides=(self.stride, self.stride),
-      padding=((pad, pad), (pad, pad)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    dtype = DTYPES[self.dtype]
+    y = convolve(x.astype(dtype), kernel.astype(dtype), self.stride)
     if not self.bias:
       return y
     zeros, names = nn.initializers.zeros, self.names[1:]
