@@ -5,7 +5,7 @@ others through collectives on one named axis. `distrain_jax.spmd` runs the
 same functions on a mesh, on one device, or in several processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,6 +117,11 @@ class Method(NamedTuple):
   # A second name that workers are on, of those that share a device: the mesh
   # has no such axis. None: one worker a device.
   inner: str | None = None
+  # (workers, before=()) -> the number of each, where a worker is somebody and
+  # keeps its state for good: in a state of the same numbers nobody changes.
+  # before: the numbers in a saved state; ValueError if one of them would be
+  # lost without having been named. None: workers are all alike.
+  numbers: Callable[..., Sequence[int]] | None = None
 
   @property
   def workers_on(self) -> str | tuple[str, str]:

@@ -40,8 +40,10 @@ class Run(NamedTuple):
   # As put, for what needs no method: this process's rows among the workers ->
   # global arrays, divided among all workers whatever the method asks for.
   spread: Callable[[Any], Any]
-  # (state of another number of workers) -> this run's state.
-  adopt: Callable[[Any], Any]
+  # (state of another number of workers, workers=None) -> this run's state. With
+  # workers, so many, it lies on this run's mesh already, and leading worker
+  # axes may be longer, so as to be divided evenly; what is beyond is ignored.
+  adopt: Callable[..., Any]
   # (state, key) -> state: finishes what is in flight. None: nothing ever is.
   drain: Callable[..., Any] | None = None
   # What makes a per-worker function one of global arrays; see `spmd.Runner`.
@@ -185,6 +187,11 @@ def _check_per_device(method, per_device) -> None:
 
 def _check_rows_over(method, mesh, rows_over) -> None:
   others = [a for a in mesh.axis_names if a not in _axes(method)]
+  if isinstance(rows_over, str) or len(set(rows_over)) < len(rows_over):
+    raise ValueError(
+      f"distribute: `rows_over` is a tuple of axes, each once, of {others}; got "
+      f"{rows_over!r}."
+    )
   for name in rows_over:
     if name not in others:
       raise ValueError(
@@ -293,7 +300,7 @@ def _run(
     abstract=abstract,
     put=put,
     spread=lambda batch: put(batch, each),
-    adopt=lambda state: _adopt(method, workers, mesh, state),
+    adopt=functools.partial(_adopt, method, workers, mesh),
     drain=drain,
     runner=runner,
   )
@@ -397,21 +404,33 @@ def _brought(mesh, tree):
   return jax.tree.map(one, tree)
 
 
-def _adopt(method, workers, mesh, state):
+def _adopt(method, workers, mesh, state, before=None):
   if method.reshard is None:
     raise ValueError(
       f"{method.name} cannot change its number of workers: a worker's state "
       "means something only among the workers that it was made with. Resume "
       "on the same number, or export run.params(state) and start from it."
     )
+
+  def make(state):
+    if before is not None:
+      first = lambda spec, x: x[:before] if len(spec) else x
+      state = spmd.map_specs(
+        lambda s, x: jax.tree.map(lambda x: first(s, x), x), method.specs, state
+      )
+    return method.reshard(state, workers)
+
   with spmd.no_current_mesh():
-    # On the devices where it lies; then it moves, and is nobody else's.
-    new = jax.jit(lambda s: method.reshard(s, workers))(state)
     place = _here()
     if mesh is not None:
-      old = shardings.without_worker_axes(state, method.specs)
+      new, old = jax.eval_shape(make, state), state
+      old = shardings.without_worker_axes(old, method.specs)
       place = shardings.like_params(new, method.specs, old, mesh, method.axis)
-    return jax.device_put(new, place, may_alias=False)
+    if before is not None and mesh is not None:
+      own = lambda state: jax.tree.map(jnp.copy, make(state))
+      return jax.jit(own, out_shardings=place)(state)
+    # On the devices where it lies; then it moves, and is nobody else's.
+    return jax.device_put(jax.jit(make)(state), place, may_alias=False)
 
 
 def _check_start(method, workers, params, per_worker):

@@ -12,6 +12,8 @@ import numpy as np
 import optax
 import petra_networks
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import distrain_jax as dj
 
@@ -28,6 +30,24 @@ METHODS = {
   "local_sgd": functools.partial(dj.local_sgd, sync_every=2),
   "diloco": functools.partial(dj.diloco, sync_every=2, fragments=2, delay=1),
 }
+on_data = {"axis": "data"}
+# Members start from models of their own.
+POPULATIONS = {
+  "wash": functools.partial(
+    dj.wash, **on_data, rate=0.5, period=2, shuffle_optimizer=True
+  ),
+  "wash_sharing": functools.partial(
+    dj.wash, **on_data, rate=0.5, layer_schedule="constant", inner="member"
+  ),
+  "papa": functools.partial(
+    dj.papa, **on_data, every=2, alpha=0.6, schedule=lambda step: 1 / step
+  ),
+  "dart": functools.partial(
+    dj.dart, **on_data, joint_steps=1, every=2, opt_state="averaged"
+  ),
+}
+METHODS |= POPULATIONS
+PER_DEVICE = {"wash_sharing": 2}
 HELPERS = pathlib.Path(petra_networks.__file__).parent
 ALL = (*METHODS, "petra")
 ROOT = pathlib.Path(dj.__file__).parents[1]
@@ -55,15 +75,34 @@ def make_run(name, mesh=None):
   method = METHODS[name](
     loss_fn, optax.adamw(0.01), accumulate=2, clip_norm=0.5
   )
+  each = PER_DEVICE.get(name, 1)
   if mesh is None:
-    return dj.simulate(method, workers=PROCESSES * DEVICES)
-  return dj.distribute(method, mesh)
+    return dj.simulate(method, workers=PROCESSES * DEVICES * each)
+  return dj.distribute(method, mesh, per_device=each)
+
+
+def begin(run):
+  """The state, and a function that reads what all processes can."""
+  params, apart = make_params(), run.method.population
+  if apart:
+    factors = 1 + 0.1 * np.arange(run.workers, dtype=np.float32)
+    params = jax.tree.map(lambda x: np.multiply.outer(factors, x), params)
+  everywhere = None if run.mesh is None else NamedSharding(run.mesh, P())
+
+  def read(state):
+    out = {k: np.asarray(x) for k, x in run.params(state).items()}
+    if apart:
+      members = jax.jit(lambda x: x, out_shardings=everywhere)(state.params)
+      out |= {f"{k}_of_each": np.asarray(x) for k, x in members.items()}
+    return out
+
+  return run.init(jax.random.key(7), params, per_worker=apart), read
 
 
 def train(run, rows=slice(None)):
   """Parameters and metrics by name; `rows`: those that this process feeds."""
   key, out = jax.random.key(7), {}
-  state = run.init(key, make_params())
+  state, read = begin(run)
   for step in range(STEPS):
     batch = {k: x[rows] for k, x in make_batch(step).items()}
     state, metrics = run.step(state, run.put(batch), key)
@@ -71,8 +110,7 @@ def train(run, rows=slice(None)):
   # A whole NumPy batch that every process holds is taken as well.
   state, metrics = run.step(state, make_batch(STEPS), key)
   out["loss_whole"] = np.asarray(metrics["loss"])
-  model = run.params(state)
-  return out | {k: np.asarray(x) for k, x in model.items()}
+  return out | read(state)
 
 
 def make_pipeline(mesh=None):
@@ -195,6 +233,17 @@ def test_two_processes_equal_one_device(name, results):
   assert expected.keys() == results[name][0].keys()
   for k, x in expected.items():
     np.testing.assert_allclose(results[name][0][k], x, rtol=1e-5, atol=1e-6)
+
+
+def test_members_meet_across_processes(results):
+  """Those that train alone end elsewhere, so what is compared has travelled."""
+  shared = {"accumulate": 2, "clip_norm": 0.5}
+  alone = dj.ensemble(loss_fn, optax.adamw(0.01), **on_data, **shared)
+  apart = train(dj.simulate(alone, workers=PROCESSES * DEVICES))
+  for name in ("wash", "papa", "dart"):
+    for k in ("w_of_each", "v_of_each"):
+      difference = np.abs(results[name][0][k] - apart[k]).max()
+      assert difference > 1e-3, (name, k, difference)
 
 
 if __name__ == "__main__":

@@ -86,12 +86,14 @@ def check_resumes(state: Mapping[str, Any], decides: Mapping[str, Any]) -> None:
       "the rows of a member: its global batch grows or shrinks with it."
     )
   were, are = _members(state), _members(decides)
-  if not (set(are) <= set(were) or set(were) <= set(are)):
+  new = set(are) - set(were)
+  # A number that nobody has had can only be of one who joins.
+  if new and not set(were) <= set(are) and min(new) < max(were):
     raise ValueError(
       f"This state was saved by a data iterator with members={were}; this one "
       f"has members={are}, so that some would go on with others' data. Give "
       "those who stay the numbers that they had, e.g. members="
-      f"{were[: len(are)]}; a new one that takes a place takes its number."
+      f"{were[: len(are)]}; who joins while others leave takes a number above."
     )
 
 

@@ -16,7 +16,7 @@ Letters in shapes: b rows, (h, w, c) an image, k classes, n settings, r tries.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -193,10 +193,31 @@ def mixing_loss(
   Raises:
     ValueError: as `per_member`; when called, as `mix`.
   """
+  mixed = mixer(settings, classes, axis)
+  if mixed is None:
+    return loss_fn
+  if isinstance(loss_fn, StatefulLoss):
+
+    def with_state(params, model_state, batch, key):
+      return loss_fn.fn(params, model_state, *mixed(batch, key))
+
+    return loss_fn._replace(fn=with_state)
+  return lambda params, batch, key: loss_fn(params, *mixed(batch, key))
+
+
+def mixer(
+  settings: Sequence[Mixing],
+  classes: int,
+  axis: str | tuple[str, ...] = "population",
+) -> Callable[[Batch, jax.Array], tuple[Batch, jax.Array]] | None:
+  """`(batch, key) -> (batch, key)`: what `mixing_loss` gives to its loss.
+
+  Arguments and errors as there; None if all is off.
+  """
   settings = list(settings)
   stacked = per_member(settings)
   if not any(x.any() for x in stacked):
-    return loss_fn
+    return None
 
   def mixed(batch, key):
     i = jax.lax.axis_index(axis) % len(settings)
@@ -205,13 +226,7 @@ def mixing_loss(
     batch = mix(batch, jax.random.fold_in(key, BATCH), own, classes)
     return batch, jax.random.fold_in(key, MODEL)
 
-  if isinstance(loss_fn, StatefulLoss):
-
-    def with_state(params, model_state, batch, key):
-      return loss_fn.fn(params, model_state, *mixed(batch, key))
-
-    return loss_fn._replace(fn=with_state)
-  return lambda params, batch, key: loss_fn(params, *mixed(batch, key))
+  return mixed
 
 
 def _checked(batch: Batch, classes: int) -> tuple[jax.Array, jax.Array]:

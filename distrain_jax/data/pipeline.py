@@ -91,7 +91,8 @@ class TrainIterator(grain.DatasetIterator):
 
     Raises:
       ValueError: if the state is of another seed, source or batch size of a
-        member, or of members of whom some left while others joined.
+        member, or of members of whom some left while others joined whose
+        numbers are not above all that there were.
     """
     population.check_resumes(state, self._decides)
     self._batches.set_state({"next_index": int(state["next_index"])})

@@ -66,8 +66,8 @@ def dart(
   _check(joint_steps, every, weight, opt_state)
   axes = options.axes
 
-  def aggregate(member: members.Member, step, key):
-    del step, key
+  def aggregate(member: members.Member, step, key, rows):
+    del step, key, rows
     mine = (member.params, member.model_state)
     more = (member.opt_state,) if opt_state == "averaged" else ()
     means = local_steps.mean((*mine, *more), axes)

@@ -3,7 +3,10 @@
 Jolicoeur-Martineau, Gervais, Fatras, Zhang and Lacoste-Julien, "PopulAtion
 Parameter Averaging (PAPA)", 2023, https://arxiv.org/abs/2304.03094.
 
-Pulled are the weights and the running statistics; optimizers' states stay.
+Pulled are the weights and the running statistics; optimizers' states stay. An
+average that members become can be corrected at once, as the paper does by
+REPAIR (https://arxiv.org/abs/2211.08403), so that its units vary as much as the
+members' did.
 """
 
 from numbers import Integral, Real
@@ -12,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distrain_jax import local_steps
+from distrain_jax import local_steps, variables
 from distrain_jax.method import LossFn, Method, StatefulLoss
 from distrain_jax.population import averages, members, sparse, swapping
 
 VARIANTS = ("pull", "all", "pair")
+PULL_EVERY = 10  # steps, the paper's
 
 
 def papa(
@@ -25,12 +29,13 @@ def papa(
   *,
   axis: str = "population",
   variant: str = "pull",
-  every: int = 10,
+  every: int | None = None,
   alpha: float = 0.99,
   tied: bool = True,
   schedule: sparse.Schedule | None = None,
   epoch_steps: int | None = None,
   stop_after: int | None = None,
+  repair: averages.Repair | None = None,
   accumulate: int = 1,
   clip_norm: float | None = None,
   learning_rates: tuple[float, ...] | None = None,
@@ -46,8 +51,10 @@ def papa(
       m. "all" (PAPA-all): it becomes m. "pair" (PAPA-2): it becomes the mean
       of two random members, different pairs for different members as far as
       there are so many; all members are gathered on each for it.
-    every: steps from one exchange to the next: the paper's 10 for "pull", and
-      5 epochs for the others.
+    every: steps from one exchange to the next. None: the paper's 10 for "pull";
+      the others need a number, the paper's 5 epochs (1 of ImageNet): so often
+      the data's rows over those that a member sees in a step. In a config None
+      is these 5 epochs.
     alpha: a is 1 - alpha at the peak of the learning rate; for "pull".
     tied: a follows the learning rate, a = (1 - alpha) schedule(step + 1): that
       of the step after, as the authors' code has it. For "pull".
@@ -57,23 +64,29 @@ def papa(
       whose number, from 1, `every` divides.
     stop_after: exchanges end with this many steps, so that members of "all" and
       "pair" can train apart at the end; None: never.
+    repair: what corrects an average that a member becomes, right after it did:
+      `soups.repairer(module, ...)`, or see `averages.Repair` to write one. Of
+      "pair" the statistics that count are those of the two parents. None:
+      nothing, an average as it is.
 
   Returns:
     A `Method`; its `params` is the members' average. Metrics as of `wash`.
 
   Raises:
-    ValueError: if an option is out of range, or tied without a schedule.
+    ValueError: if an option is out of range or missing, tied without a
+      schedule, or there is something to `repair` and no average to become.
   """
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
-  _check(variant, every, alpha, epoch_steps, stop_after)
+  _check(variant, every, alpha, epoch_steps, stop_after, repair)
   if variant == "pull":
     sparse.check_tied("papa", tied, schedule)
+  every = PULL_EVERY if every is None else every
   axes = options.axes
 
-  def pull(member: members.Member, step, key):
-    del key
+  def pull(member: members.Member, step, key, rows):
+    del key, rows
     weight = 1 - alpha
     if tied:
       weight = weight * schedule(step + 1)
@@ -83,13 +96,19 @@ def papa(
       member, jax.tree.map(lambda w, m: averages.mix(w, m, weight), mine, mean)
     )
 
-  def everything(member: members.Member, step, key):
-    del step, key
-    return averages.with_model(
-      member, local_steps.mean((member.params, member.model_state), axes)
-    )
+  def replaced(member: members.Member, rows, mean, sharing):
+    mine = (member.params, member.model_state)
+    new = mean(mine)
+    if repair is not None:
+      own, average = (variables.own(loss_fn, *x) for x in (mine, new))
+      new = variables.split(loss_fn, repair(own, average, rows, mean, sharing))
+    return averages.with_model(member, new)
 
-  def pair(member: members.Member, step, key):
+  def everything(member: members.Member, step, key, rows):
+    del step, key
+    return replaced(member, rows, lambda x: local_steps.mean(x, axes), axes)
+
+  def pair(member: members.Member, step, key, rows):
     del step
     first, second = _pair(key, axes)
 
@@ -97,9 +116,7 @@ def papa(
       every = swapping.gather(x, axes)
       return averages.mix(every[first], every[second], 0.5)
 
-    return averages.with_model(
-      member, jax.tree.map(one, (member.params, member.model_state))
-    )
+    return replaced(member, rows, lambda x: jax.tree.map(one, x), None)
 
   exchange = {"pull": pull, "all": everything, "pair": pair}[variant]
 
@@ -129,16 +146,28 @@ def _pair(key: jax.Array, axes) -> tuple[jax.Array, jax.Array]:
   return first[mine], second[mine]
 
 
-def _check(variant, every, alpha, epoch_steps, stop_after) -> None:
+def _check(variant, every, alpha, epoch_steps, stop_after, repair) -> None:
   if variant not in VARIANTS:
     raise ValueError(
       f"papa: `variant` is one of {', '.join(VARIANTS)}; got {variant!r}."
     )
   whole = lambda x: isinstance(x, Integral) and not isinstance(x, bool)
-  if not whole(every) or every < 1:
+  if every is None and variant != "pull":
+    raise ValueError(
+      f"papa: variant={variant!r} needs `every`, the number of steps from one "
+      "exchange to the next; the paper's is that of five epochs: 5 * rows of "
+      "the data // rows that a member sees in a step."
+    )
+  if every is not None and (not whole(every) or every < 1):
     raise ValueError(
       "papa: `every` is the number of steps from one exchange to the next, at "
       f"least 1; got {every!r}."
+    )
+  if repair is not None and variant == "pull":
+    raise ValueError(
+      "papa: `repair` corrects an average that a member becomes, but with "
+      "variant='pull' it stays near itself. Use variant='all' or 'pair', or "
+      "repair=None."
     )
   if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
     raise ValueError(

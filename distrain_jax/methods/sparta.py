@@ -27,6 +27,7 @@ def sparta(
   layer_schedule: str = "constant",
   equal_volume: bool = False,
   depths: Any = None,
+  exclude: tuple[str, ...] = (),
   period: int = 1,
   stop_after: int | None = None,
   tied: bool = False,
@@ -54,6 +55,7 @@ def sparta(
     stop_after,
     tied,
     schedule,
+    exclude,
   )
   average = functools.partial(swapping.average_parts, axes=options.axes)
 

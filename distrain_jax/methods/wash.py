@@ -35,6 +35,7 @@ def wash(
   layer_schedule: str = "decreasing",
   equal_volume: bool = False,
   depths: Any = None,
+  exclude: tuple[str, ...] = (),
   shuffle_optimizer: bool = False,
   shuffle: str = "latin_square",
   period: int = 1,
@@ -65,10 +66,13 @@ def wash(
     layer_schedule: "decreasing" from `rate` in the first layer to 0 in the
       last, as in the paper; "constant"; or "increasing".
     equal_volume: scales the layers' rates so that as many coordinates move as
-      with "constant".
+      with "constant", of those that are not excluded.
     depths: a tree like the parameters with the layer of each leaf, from 0, or
       of each index of its first axis, where layers are stacked:
       `models.depths`. None: every leaf is a layer, in the tree's order.
+    exclude: patterns of paths, such as "*/scale" or "stage_0_*/bias", of
+      parameters that stay with their members: their layers' others move as
+      they did. `*` may span several parts of a path.
     shuffle_optimizer: the optimizer's moments move with their coordinates.
     shuffle: "latin_square", see above; or "independent", every coordinate with
       its own coin and permutation: the paper's law, by gathering all members
@@ -98,7 +102,8 @@ def wash(
 
   Raises:
     ValueError: if an option is out of range, or the optimizer's state is not
-      made of trees like the parameters although it is to be shuffled.
+      made of trees like the parameters although it is to be shuffled; from
+      `init`, if depths or patterns do not fit the model.
   """
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
@@ -112,6 +117,7 @@ def wash(
     stop_after,
     tied,
     schedule,
+    exclude,
   )
   if shuffle not in SHUFFLES:
     raise ValueError(

@@ -1,12 +1,21 @@
 """Members between themselves and an average."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from distrain_jax.gradients import at_least_float32
-from distrain_jax.population.members import Member
+from distrain_jax.population.members import Member, Rows
+
+# (own, average, rows, mean, sharing) -> the average, corrected; a member's own
+# function, as everything of a method. own: its model before, params or
+# `Variables`; average: what it is to become; rows: what it saw in the step;
+# mean: (a tree of this member's floats) -> the mean of those members' trees
+# whose average it is; sharing: the names of the axes on which all become that
+# same average, or None if this member's is its own.
+Repair = Callable[[Any, Any, Rows, Callable[[Any], Any], Any], Any]
 
 
 def mix(x: jax.Array, y: jax.Array, weight) -> jax.Array:

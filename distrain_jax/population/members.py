@@ -20,6 +20,7 @@ from distrain_jax.method import (
   StatefulLoss,
   all_workers,
 )
+from distrain_jax.population import adopting
 
 # What the exchange's key is folded with: no member has this number.
 _EXCHANGE = 0xFFFFFFFF
@@ -43,14 +44,21 @@ class Member(NamedTuple):
   opt_state: optax.OptState
 
 
+class Rows(NamedTuple):
+  """What a member saw in a step."""
+
+  batch: Any  # its rows
+  key: jax.Array  # its own key: that of its loss
+
+
 class Phase(NamedTuple):
   """What a step does beside a member's own gradient and update."""
 
   # (gradients) -> gradients, before the update; None: a member's own.
   reduce: Callable[[Params], Params] | None = None
-  # (member, step, key) -> member, after the update; the key is the step's,
-  # shared by all members. None: nothing.
-  exchange: Callable[[Member, jax.Array, jax.Array], Member] | None = None
+  # (member, step, key, rows) -> member, after the update; the key is the
+  # step's, shared by all members. None: nothing.
+  exchange: Callable[[Member, jax.Array, jax.Array, Rows], Member] | None = None
 
 
 class Options(NamedTuple):
@@ -83,10 +91,10 @@ def check_options(name: str, options: Options) -> None:
         f"{name}: `{field}` is a tuple of numbers, such as (1,); got {value!r}."
       )
   rates = options.learning_rates
-  if rates is not None and not all(_above_0(x) for x in rates):
+  if rates is not None and not all(_is_factor(x) for x in rates):
     raise ValueError(
       f"{name}: `learning_rates` are factors of the members' updates, one a "
-      f"member, each above 0; got {rates!r}."
+      f"member, each finite and above 0; got {rates!r}."
     )
   whole = lambda x: isinstance(x, Integral) and x is not True and x >= 0
   if not all(map(whole, options.leave)):
@@ -107,6 +115,7 @@ def population(
   options: Options,
   phases: Sequence[Phase] = (ALONE,),
   which: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  check: Callable[[Params], Any] | None = None,
 ) -> Method:
   """A method whose members train alone but for what the phases add.
 
@@ -121,6 +130,8 @@ def population(
     phases: what steps do.
     which: (step, from 0, key) -> index of the step's phase; the key is the
       step's, shared by all members. None: the first, always.
+    check: (params of one member) -> ignored; raises ValueError, before there is
+      a step, for what the options cannot be of this model.
 
   Returns:
     A `Method` with `population`; its `params` is the uniform average.
@@ -143,7 +154,10 @@ def population(
 
   def init(key, model):
     del key  # nothing random: the caller draws each member's model
+    _check_size(name, options)
     local, model_state = local_steps.start(loss_fn, tx, model)
+    if check is not None:
+      check(local.params)
     here = numbers(jax.lax.axis_size(axes), options.leave)
     return PopulationState(
       step=jnp.zeros((), jnp.int32),
@@ -167,7 +181,8 @@ def population(
         grads = g.grads if phase.reduce is None else phase.reduce(g.grads)
         member, norm = _update(tx, options, state, grads, g.model_state)
         if phase.exchange is not None:
-          member = phase.exchange(member, state.step, shared)
+          rows = Rows(batch, own_key)
+          member = phase.exchange(member, state.step, shared, rows)
         return member, _metrics(g, norm, axes, here)
 
       return run
@@ -187,10 +202,16 @@ def population(
     return fn(variables.own(loss_fn, state.params, state.model_state))
 
   def reshard(state: PopulationState, members: int) -> PopulationState:
-    _check_leave(name, state.number.shape[0], members, options.leave)
+    adopting.check_count(name, state.number.shape[0], members, options.leave)
     here = jnp.asarray(numbers(members, options.leave), jnp.int32)
-    parts = _restack(state[2:], _continued(state, here))
+    found = adopting.continued(state[2:], state.number, here)
+    parts = adopting.restack(state[2:], found)
     return PopulationState(state.step, here, *parts)
+
+  def who(members: int, before: Sequence[int] = ()):
+    here = numbers(members, options.leave)
+    adopting.check_numbers(name, before, here, options.leave)
+    return here
 
   each = P(options.axis)
   return Method(
@@ -204,6 +225,7 @@ def population(
     population=True,
     member=member,
     inner=options.inner,
+    numbers=who,
   )
 
 
@@ -262,49 +284,6 @@ def _check_size(name: str, options: Options) -> None:
     )
 
 
-def _check_leave(name: str, old: int, new: int, leave: Sequence[int]) -> None:
-  """Nobody is dropped without being named."""
-  if new < old and len(leave) < old - new:
-    raise ValueError(
-      f"{name}: the state has {old} members, {old - new} of whom would be lost "
-      f"in a population of {new}. Say who leaves: leave=(number, ...); in a "
-      "config, --config.method.leave='(2,)'."
-    )
-
-
-class _Continued(NamedTuple):
-  """Whose state the members of another population go on with."""
-
-  at: jax.Array  # (M,), int32: place among the old members
-  known: jax.Array  # (M,), bool: False for those who join
-  sound: jax.Array  # (N,), bool: old members that are finite in all they hold
-
-
-def _continued(state: PopulationState, here: jax.Array) -> _Continued:
-  """Members `here` (M,) of a state of N; a number that is new joins."""
-  members = state.number.shape[0]
-  sound = jnp.ones(members, bool)
-  for x in jax.tree.leaves(state[2:]):
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-      sound &= jnp.isfinite(x).reshape(members, -1).all(1)
-  same = (here[:, None] == state.number[None]) & sound[None]
-  return _Continued(same.argmax(1), same.any(1), sound)
-
-
-def _restack(tree: Any, found: _Continued) -> Any:
-  """Who is known goes on; others start from the average of who is sound."""
-  along = lambda mask, x: mask.reshape((-1,) + (1,) * (x.ndim - 1))
-
-  def one(x):
-    new = x[found.sound.argmax()]
-    if jnp.issubdtype(x.dtype, jnp.floating):
-      wide = gradients.at_least_float32(x)
-      total = jnp.where(along(found.sound, x), wide, 0).sum(0)
-      new = (total / found.sound.sum()).astype(x.dtype)
-    return jnp.where(along(found.known, x), x[found.at], new[None])
-
-  return jax.tree.map(one, tree)
-
-
-def _above_0(x) -> bool:
-  return isinstance(x, Real) and not isinstance(x, bool) and x > 0
+def _is_factor(x) -> bool:
+  number = isinstance(x, Real) and not isinstance(x, bool)
+  return number and 0 < x <= float(jnp.finfo(jnp.float32).max)

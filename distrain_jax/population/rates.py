@@ -3,7 +3,10 @@
 Letters in shapes: a leaf of `layers` stacked layers has them on its first axis.
 """
 
+import difflib
+import fnmatch
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -36,6 +39,39 @@ def check_schedule(name: str, layer_schedule: str) -> None:
     )
 
 
+def check_exclude(name: str, exclude: Sequence[str]) -> None:
+  if isinstance(exclude, str) or not all(isinstance(x, str) for x in exclude):
+    raise ValueError(
+      f"{name}: `exclude` is a tuple of patterns of parameters' paths, such as "
+      f"('*/scale', '*/bias'); got {exclude!r}."
+    )
+
+
+def excluded(name: str, params: Any, exclude: Sequence[str]) -> list[bool]:
+  """Of each leaf, whether a pattern fits its path, "block_0/conv_0/kernel".
+
+  Patterns are the shell's, of `fnmatch`; their * may span several parts.
+
+  Raises:
+    ValueError: for a pattern that fits none.
+  """
+  fits = fnmatch.fnmatchcase
+  paths = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  ]
+  for pattern in exclude:
+    if not any(fits(path, pattern) for path in paths):
+      some = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+      near = difflib.get_close_matches(pattern, paths, n=1)
+      raise ValueError(
+        f"{name}: exclude={tuple(exclude)!r}: {pattern!r} is the path of no "
+        f"parameter. Paths are {some}"
+        + (f"; did you mean {near[0]!r}?" if near else ".")
+      )
+  return [any(fits(path, x) for x in exclude) for path in paths]
+
+
 def leaf_depths(params: Any) -> Any:
   """Every leaf a layer of its own, in the tree's order."""
   leaves, treedef = jax.tree.flatten(params)
@@ -50,6 +86,7 @@ def layer_rates(
   rate: float,
   layer_schedule: str,
   equal_volume: bool,
+  exclude: Sequence[str] = (),
 ) -> list[np.ndarray]:
   """The rate of each leaf, or of each of its stacked layers.
 
@@ -66,12 +103,15 @@ def layer_rates(
       p to 0, or from 0 to p.
     equal_volume: scaled so that as many coordinates move as with a constant
       rate p.
+    exclude: see `excluded`; the rate of these is 0, and they count as layers
+      but not in the volume.
 
   Returns:
     float64 () or (layers,) for each leaf, in order.
 
   Raises:
-    ValueError: if depths are not such a tree, or a scaled rate is above 1.
+    ValueError: if depths are not such a tree, a scaled rate is above 1, or a
+      pattern fits no leaf.
   """
   leaves = _paired(name, params, depths)
   depths = [depth for _, _, depth in leaves]
@@ -80,10 +120,13 @@ def layer_rates(
   shares = [np.asarray(SCHEDULES[layer_schedule](x), float) for x in where]
   if not last:  # one layer is both the first and the last
     shares = [np.ones_like(share) for share in shares]
+  out = excluded(name, params, exclude)
+  shares = [0 * share if gone else share for share, gone in zip(shares, out)]
   if equal_volume:
     sizes = [x.size / max(depth.size, 1) for _, x, depth in leaves]
     volume = sum((share * n).sum() for share, n in zip(shares, sizes))
-    scale = sum(x.size for _, x, _ in leaves) / volume if volume else 0.0
+    whole = sum(x.size for (_, x, _), gone in zip(leaves, out) if not gone)
+    scale = whole / volume if volume else 0.0
     shares = [scale * share for share in shares]
   most = max((share.max() for share in shares), default=0.0)
   if rate * most > 1:

@@ -1,6 +1,6 @@
 """Populations that exchange a few coordinates: what WASH and SPARTA share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -29,12 +29,14 @@ class Sparse(NamedTuple):
   stop_after: int | None
   tied: bool
   schedule: Schedule | None
+  exclude: Sequence[str] = ()
 
 
 def check(name: str, sparse: Sparse) -> None:
   """Raises ValueError, in the name of the factory, for what cannot be."""
   rates.check_rate(name, sparse.rate)
   rates.check_schedule(name, sparse.layer_schedule)
+  rates.check_exclude(name, sparse.exclude)
   _check_whole(name, "period", sparse.period, 1, "steps between exchanges")
   if sparse.stop_after is not None:
     what = "the number of steps that may end with an exchange"
@@ -68,7 +70,8 @@ def population(
   """
   check(name, sparse)
   phases, which = _phases(name, sparse, exchange)
-  return members.population(name, loss_fn, tx, options, phases, which)
+  early = lambda params: rates_of(name, sparse, params)
+  return members.population(name, loss_fn, tx, options, phases, which, early)
 
 
 def _phases(name: str, sparse: Sparse, exchange):
@@ -76,8 +79,8 @@ def _phases(name: str, sparse: Sparse, exchange):
   if sparse.rate == 0:
     return (ALONE,), None
 
-  def run(member: Member, step, key):
-    del step
+  def run(member: Member, step, key, rows):
+    del step, rows
     return exchange(member, rates_of(name, sparse, member.params), key)
 
   moving = Phase(exchange=run)
@@ -108,6 +111,7 @@ def rates_of(name: str, sparse: Sparse, params) -> list[np.ndarray]:
     rate=sparse.rate,
     layer_schedule=sparse.layer_schedule,
     equal_volume=sparse.equal_volume,
+    exclude=sparse.exclude,
   )
   floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
   return [

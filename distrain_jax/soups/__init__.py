@@ -15,6 +15,7 @@ from distrain_jax.soups.averages import Scored as Scored
 from distrain_jax.soups.averages import greedy as greedy
 from distrain_jax.soups.averages import uniform as uniform
 from distrain_jax.soups.averages import weighted as weighted
+from distrain_jax.soups.channels import repairable as repairable
 from distrain_jax.soups.distances import Consensus as Consensus
 from distrain_jax.soups.distances import Distance as Distance
 from distrain_jax.soups.distances import (
@@ -29,6 +30,6 @@ from distrain_jax.soups.paths import layer_paths as layer_paths
 from distrain_jax.soups.paths import path as path
 from distrain_jax.soups.repairing import Repaired as Repaired
 from distrain_jax.soups.repairing import repair as repair
-from distrain_jax.soups.repairing import repairable as repairable
+from distrain_jax.soups.repairing import repairer as repairer
 from distrain_jax.soups.trees import layers as layers
 from distrain_jax.soups.trees import unstack as unstack

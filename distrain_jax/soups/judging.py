@@ -9,7 +9,14 @@ from ml_collections import ConfigDict
 
 from distrain_jax import data, train
 from distrain_jax.models import Task
-from distrain_jax.soups import averages, ensembles, paths, repairing, runs
+from distrain_jax.soups import (
+  averages,
+  channels,
+  ensembles,
+  paths,
+  repairing,
+  runs,
+)
 from distrain_jax.soups.paths import Path
 
 SPLITS = ("validation", "test")
@@ -70,7 +77,7 @@ def judge_of(
     splits,
     lambda model, split: average(model, splits[split]),
     lambda model: recalibrate(model, taken),
-    bool(state.get(repairing.STATISTICS)),
+    bool(state.get(channels.STATISTICS)),
     taken,
     inputs,
   )

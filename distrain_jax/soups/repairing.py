@@ -9,25 +9,25 @@ and standard deviation are the weighted means of the members'. As in the paper,
 the outputs of the network itself are left alone; unlike there, statistics are
 those of all batches together, and the corrected network has them exactly.
 
-Letters in shapes: c channels out of a layer.
+`repair` takes models and batches, for what is done once. `repairer` makes a
+function that corrects the averages that the members of a population become
+while they train, inside their step, by the rows that they just saw.
+
+Letters in shapes: k batches, c channels out of a layer.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from distrain_jax.method import Variables
-from distrain_jax.models import layers as ours
-from distrain_jax.soups import averages, trees
+from distrain_jax.population.averages import Repair
+from distrain_jax.soups import averages, channels
 
-KINDS = (nn.Dense, nn.Conv, ours.Dense, ours.Conv)
-STATISTICS, SEEN = "batch_stats", "repair"  # collections
 EXACT = 1e-4  # how near a statistic has to come, of mean and deviation
-CONSTANT = 1e-6  # a channel's deviation, of its target's: nothing to rescale
 
 
 class Repaired(NamedTuple):
@@ -92,14 +92,8 @@ def repair(
       "repair: `batches` is empty, but the layers' statistics are to be those "
       "of some batches. Pass at least one."
     )
-  chosen, left = repairable(module, models[0], batches[0], layers)
-  if not chosen:
-    raise ValueError(
-      f"repair: no layer can be corrected: {reasons(left)}. A network with "
-      "BatchNorm only needs its statistics estimated anew "
-      "(train.recalibrator)."
-    )
-  forward = jax.jit(lambda *args: _forward(module, chosen, *args))
+  chosen, left = channels.chosen(module, models[0], batches[0], layers)
+  forward = jax.jit(lambda *args: channels.measure(module, chosen, *args))
   rows = [len(x) for x in batches]
   first, seen = [], [[] for _ in models]
   for x in batches:
@@ -108,126 +102,66 @@ def repair(
     for of_model, statistics in zip(seen, each):
       of_model.append(statistics)
   target = _weighted(weights, [_pool(x, rows) for x in seen])
-  model = _corrected(merged, _pool(first, rows), target)
+  model = channels.corrected(merged, _pool(first, rows), target)
   for _ in chosen:
     own = _pool([forward(model, x, None) for x in batches], rows)
     if all(_near(own[name], target[name]) for name in chosen):
       break
-    model = _corrected(model, own, target)
+    model = channels.corrected(model, own, target)
   return Repaired(model, chosen, left)
 
 
-def repairable(
+def repairer(
   module: nn.Module,
   model: Any,
-  x: Any,
+  example: Any,
+  *,
+  inputs: str = "image",
   layers: Callable[[str], bool] | None = None,
-) -> tuple[tuple[str, ...], dict[str, str]]:
-  """Which layers `repair` corrects, and of the others why not.
+  pooled: bool = True,
+) -> Repair:
+  """REPAIR as a part of a step: `papa(..., variant="all", repair=...)`.
+
+      shapes = models.zoo.abstract(module, batch["image"])
+      mend = soups.repairer(module, shapes, batch["image"])
+      method = dj.papa(loss_fn, tx, variant="all", every=500, repair=mend)
+
+  Each member measures its own model (M, S are the members' means) on its own
+  rows of the step, then the average, whose layers are corrected as they are
+  measured, as in `repair` with one batch: its statistics on those rows are then
+  the members' means, to rounding. It costs two forward passes on these rows.
+
+  The code released with PAPA (https://arxiv.org/abs/2304.03094) takes several
+  batches for it, of convolutions only, and measures each member's average on
+  that member's own data: copies of one average are corrected differently, and
+  none is exact on other members' data. Here an average that all members become
+  is measured on the rows of all of them: it stays one model, judged by N times
+  as many rows, for two all-reduces a layer of c numbers each.
 
   Args:
-    module, layers: as for `repair`.
-    model: one of its members, or its shapes.
-    x: an input, or its shape; nothing is computed.
+    module, inputs, layers: as for `repair`.
+    model: one member's params or `Variables`, or their shapes.
+    example: an input, or its shape; the number of its rows does not matter.
+    pooled: False: averages are measured on each member's own rows, whoever
+      shares them, as in that code.
 
   Raises:
-    ValueError: as `repair`, for layers that are called twice or stacked.
+    ValueError: as `repair`, for the module and its layers, at once.
   """
-  calls: dict[str, Any] = {}
+  chosen, _ = channels.chosen(module, model, example, layers)
+  measure = functools.partial(channels.measure, module, chosen)
 
-  def look(layer, y):
-    name = "/".join(layer.path)
-    own = layer.variables["params"]
-    stored = _at(trees.trained(model), layer.path)
-    same = stored is not None and stored["kernel"].shape == own["kernel"].shape
-    if name in calls or not same:
-      what = "is called twice" if name in calls else "is stacked, as by nn.scan"
-      raise ValueError(
-        f"repair: {name} {what}, so its channels have several statistics, and "
-        "no parameters of their own for each. Average such a model plainly."
-      )
-    calls[name] = "bias" in own
-    return y
-
-  jax.eval_shape(lambda *args: _apply(module, *args, look), model, x)
-  last = next(reversed(calls), None)
-  wanted = layers or (lambda name: name != last)
-  left = {
-    name: "has no bias to take the shift" if wanted(name) else "was not chosen"
-    for name, has_bias in calls.items()
-    if not (has_bias and wanted(name))
-  }
-  if layers is None and last in left:
-    left[last] = "has the network's outputs"
-  return tuple(name for name in calls if name not in left), left
-
-
-def reasons(left: Mapping[str, str]) -> str:
-  """Why layers are left alone, in words.
-
-  >>> reasons({"a": "has no bias", "b": "has no bias", "c": "is last"})
-  'a has no bias (as 1 more); c is last'
-  """
-  by_reason: dict[str, list[str]] = {}
-  for name, why in left.items():
-    by_reason.setdefault(why, []).append(name)
-  more = lambda names: f" (as {len(names) - 1} more)" * (len(names) > 1)
-  found = [f"{x[0]} {why}{more(x)}" for why, x in by_reason.items()]
-  return "; ".join(found) or "none is a Dense or Conv"
-
-
-def _forward(module, layers, model, x, targets):
-  """Layer -> its (mean, deviation), (2, c) float32; corrected to targets."""
-
-  def look(layer, y):
-    name = "/".join(layer.path)
-    if name not in layers:
-      return y
-    channels = y.astype(jnp.float32).reshape(-1, y.shape[-1])
-    mean = channels.mean(0, keepdims=True)  # (1, c)
-    centred = channels - mean
-    deviation = jnp.sqrt(jnp.square(centred).mean(0, keepdims=True))
-    found = jnp.concatenate([mean, deviation])
-    # Not a closure's: under nn.remat a value must not leave by the side.
-    layer.sow(SEEN, "found", found)
-    if targets is None:
-      return y
-    target = targets[name]
-    new = centred * _scale(deviation, target[1:]) + target[:1]
-    return new.reshape(y.shape).astype(y.dtype)
-
-  seen = _apply(module, model, x, look)
-  return {name: _at(seen, name.split("/"))["found"][0] for name in layers}
-
-
-def _apply(module, model, x, look):
-  """Runs the module with `look(layer, output)` on the layers' way out."""
-  params, state = model if isinstance(model, Variables) else (model, {})
-  train = bool(state.get(STATISTICS))
-  if train:
-    # Here, as the trainer is much to load and nothing else here needs it.
-    from distrain_jax.train.recalibrate import QUIET
-
-    module = module.clone(
-      **{k: v for k, v in QUIET.items() if hasattr(module, k)}
+  def run(own, average, rows, mean, sharing):
+    x = rows.batch[inputs]
+    target = mean(measure(own, x))
+    over = lambda a: a
+    if pooled and sharing is not None:
+      over = functools.partial(jax.lax.pmean, axis_name=sharing)
+    return channels.corrected(
+      average, measure(average, x, target, over), target
     )
 
-  def intercept(call, args, kwargs, context):
-    y = call(*args, **kwargs)
-    layer = context.module
-    if isinstance(layer, KINDS) and context.method_name == "__call__":
-      return look(layer, y)
-    return y
-
-  with nn.intercept_methods(intercept):
-    _, changed = module.apply(
-      {"params": params, **state},
-      x,
-      train=train,
-      mutable=[*state, SEEN] if train else [SEEN],
-      rngs={"dropout": jax.random.key(0)},
-    )
-  return changed.get(SEEN, {})
+  return run
 
 
 def _pool(batches, rows) -> dict[str, np.ndarray]:
@@ -243,13 +177,6 @@ def _pool(batches, rows) -> dict[str, np.ndarray]:
   return jax.tree.map(one, *batches)
 
 
-def _scale(deviation, target):
-  """target / deviation; 1 for a channel that does not vary."""
-  xp = np if isinstance(deviation, np.ndarray) else jnp
-  varies = deviation > CONSTANT * target
-  return xp.where(varies, target / xp.where(varies, deviation, 1), 1)
-
-
 def _weighted(weights, each):
   """The weighted mean of the members' statistics."""
   mean = lambda *xs: sum(w * x for w, x in zip(weights, xs))
@@ -259,39 +186,3 @@ def _weighted(weights, each):
 def _near(own, target) -> bool:
   """Whether means and deviations are what they should be."""
   return bool(np.all(np.abs(own - target) <= EXACT * np.abs(target).sum(0)))
-
-
-def _corrected(model, own, target):
-  """The model with its layers' kernels and biases rescaled and shifted."""
-  params = trees.trained(model)
-  for name, statistics in own.items():
-    params = _set(params, name.split("/"), statistics, target[name])
-  if isinstance(model, Variables):
-    return model._replace(params=params)
-  return params
-
-
-def _set(params, keys, own, target):
-  """As `_corrected`, of one layer."""
-  if keys:
-    key, *rest = keys
-    return {**params, key: _set(params[key], rest, own, target)}
-  scale = _scale(own[1], target[1])  # (c,)
-  kernel, bias = params["kernel"], params["bias"]
-  wide = lambda x: np.asarray(x).astype(np.float64)
-  rescaled = wide(kernel) * scale.reshape((1,) * (kernel.ndim - 1) + (-1,))
-  shifted = (wide(bias) - own[0]) * scale + target[0]
-  new = {
-    "kernel": jnp.asarray(rescaled, kernel.dtype),
-    "bias": jnp.asarray(shifted, bias.dtype),
-  }
-  return {**params, **new}
-
-
-def _at(tree, path):
-  """What a tree of dicts has at a path; None if nothing."""
-  for key in path:
-    if key not in tree:
-      return None
-    tree = tree[key]
-  return tree

@@ -48,6 +48,8 @@ class Checkpoints:
     _quiet()
     context = ocp.Context()
     context.array.saving.use_ocdbt = False  # slow on many small leaves
+    # Axes of members are read longer than they are; other shapes are checked.
+    context.array.loading.enable_padding_and_truncation = True
     # Replicas share the writing of large leaves only: a file per replica of
     # every small one would be most of the work.
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
@@ -103,6 +105,7 @@ class Checkpoints:
         "workers": run.workers,
         "method": run.method.name,
         "layout": run.method.layout,
+        "numbers": _numbers(run),
       },
       overwrite=True,
     )
@@ -138,24 +141,28 @@ class Checkpoints:
         "other parts lie in the same shapes. Set config.method as it was, or "
         "start in another folder." + self._way_over(step)
       )
-    same = saved["workers"] == run.workers
     mine = like = run.abstract(key, params)
-    if not same:
-      try:
+    try:
+      same = _same_workers(run, saved)
+      if not same:
         if run.method.reshard is None:
           run.adopt(None)  # says why it cannot, before anything is read
         like = _of_other_workers(run, saved["workers"], key, params)
-      except ValueError as e:
-        raise ValueError(
-          f"The checkpoint at step {step} in {self._orbax.directory} is of "
-          f"{saved['workers']} workers, not of {run.workers}, and {e}"
-          + self._way_over(step)
-        ) from e
+    except ValueError as e:
+      before = saved["workers"]
+      other = "" if before == run.workers else f"not of {run.workers}, "
+      raise ValueError(
+        f"The checkpoint at step {step} in {self._orbax.directory} is of "
+        f"{before} workers, {other}and {e}" + self._way_over(step)
+      ) from e
     self._check_fits(step, metadata.metadata["state"], like)
     if batches is not None:
       self._restore_data(step, batches)
+    divided = None
+    if not same and run.method.population and run.mesh is not None:
+      divided, like = saved["workers"], _divided(run, like, mine)
     state = self._orbax.load_checkpointables(step, {"state": like})["state"]
-    return state if same else _lay(run.adopt(state), mine)
+    return state if same else _lay(run.adopt(state, divided), mine)
 
   def wait(self) -> None:
     """Until what was saved is on disk."""
@@ -229,6 +236,40 @@ def _of_other_workers(run: Run, workers: int, key, params) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   return jax.tree.map(one, shapes)
+
+
+def _divided(run: Run, like: Any, mine: Any) -> Any:
+  """`like` of other members, each device with about as many as it will have.
+
+  Its members' axis is padded to what the mesh divides evenly.
+  """
+  parts = run.mesh.shape[run.method.axis]
+
+  def one(spec, x, here):
+    shape = x.shape
+    if len(spec):
+      shape = (-(-shape[0] // parts) * parts, *shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=here.sharding)
+
+  return spmd.map_specs(
+    lambda s, *xs: jax.tree.map(lambda *x: one(s, *x), *xs),
+    run.method.specs,
+    like,
+    mine,
+  )
+
+
+def _numbers(run: Run) -> list[int] | None:
+  numbers = run.method.numbers
+  return None if numbers is None else list(numbers(run.workers))
+
+
+def _same_workers(run: Run, saved: Any) -> bool:
+  """Whether the state is of this run's workers, each in its place."""
+  before = saved.get("numbers")  # older ones have none
+  if run.method.numbers is None or before is None:
+    return saved["workers"] == run.workers
+  return list(run.method.numbers(run.workers, before)) == before
 
 
 def _leaves(tree: Any) -> dict[str, str]:

@@ -27,6 +27,7 @@ OWN_OPTIONS = (
   "inner",
   "inputs",
   "names",
+  "repair",
   "replicas",
   "schedule",
   "shapes",
@@ -60,6 +61,9 @@ def default_config() -> ConfigDict:
   # True: all start from one model, as they do from config.initial_params.
   c.population.same_init = False
   c.population.same_order = False  # True: they share one pass over the data
+  # REPAIR of the averages that members of papa become, with its variants all
+  # and pair, by the rows that they see in that step: two forward passes.
+  c.population.repair = False
   # One value a member, one for all, or (); see data.mixing.Mixing.
   c.population.mixup = ()  # alpha
   c.population.cutmix = ()  # alpha

@@ -236,11 +236,10 @@ def _method(c, model, task, info: data.Info, mesh: Mesh) -> Method:
       trained = stateful(trained, stats=c.stats)
     if populations.is_population(c):
       axis = axis_of(c)
-      count = populations.size(c, mesh.shape, axis)
-      trained = populations.loss(
-        c, trained, info.num_classes, axis, populations.numbers(c, count)
-      )
-      chosen.update(populations.options(c, factory))
+      who = populations.numbers(c, populations.size(c, mesh.shape, axis))
+      trained = populations.loss(c, trained, info.num_classes, axis, who)
+      of_members = c, factory, model, example(info), info, axis, who
+      chosen.update(populations.options(*of_members))
     for option, of_model in STRUCTURE.items():
       if configs.takes(factory, option):
         chosen[option] = of_model(model, inputs)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from distrain_jax.methods.guard import GuardState
-from distrain_jax.train import curves
+from distrain_jax.train import curves, members
 from distrain_jax.train.checkpoint import Checkpoints
 from distrain_jax.train.experiment import Experiment
 from distrain_jax.train.interrupt import Agreement, Interrupted, StopSignal
@@ -167,17 +167,7 @@ class _Loop:
     # Those that the run skipped before it was told to stop are forgiven.
     if not bad and values.get("bad_steps", 0) <= self.bad_steps:
       return
-    who = ""
-    others = self.run.workers - 1
-    if others and "worst_member" in values:
-      n = int(values["worst_member"])
-      leave = (*(self.c.method.leave or ()), n)
-      rows = self.c.batch_size // self.run.workers * others
-      who = (
-        f"Member {n} is worst; the {others} others can go on without it, on as "
-        f"many devices (config.mesh times config.population.per_device): "
-        f"--config.method.leave='{leave}' --config.batch_size={rows}. "
-      )
+    who = self._blamed(values)
     latest = f"The latest checkpoint, of step {self.saved}, is from before."
     raise BadStep(
       f"Step {step}: {bad or watched} "
@@ -185,6 +175,28 @@ class _Loop:
       f"{latest if self.saved else 'There is no checkpoint yet.'} {who}Lower "
       "--config.optimizer.learning_rate or set --config.method.clip_norm, or "
       "go on without such steps: --config.bad_step.action=skip."
+    )
+
+  def _blamed(self, values) -> str:
+    """Members who made a step bad, and how the others go on, for an error."""
+    if self.run.method.numbers is None:
+      return ""
+    if "worst_member" in values:
+      blamed = [int(values["worst_member"])]
+    else:  # the model that was evaluated: who spoils the average
+      blamed = members.not_finite(self.run, self.state)
+    others = self.run.workers - len(blamed)
+    if not blamed or not others:
+      return ""
+    leave = (*(self.c.method.leave or ()), *blamed)
+    rows = self.c.batch_size // self.run.workers * others
+    names = ", ".join(map(str, blamed))
+    are = f"Member {names} is" if len(blamed) == 1 else f"Members {names} are"
+    them = "it" if len(blamed) == 1 else "them"
+    return (
+      f"{are} worst; the {others} others can go on without {them}, on as many "
+      "devices (config.mesh times config.population.per_device): "
+      f"--config.method.leave='{leave}' --config.batch_size={rows}. "
     )
 
   def _due(self, step: int) -> bool:

@@ -110,6 +110,23 @@ def relative_distance(run: Run) -> Callable[[Any], jax.Array]:
   return jax.jit(run.runner(one_worker, (method.specs,), P()))
 
 
+def not_finite(run: Run, state: Any) -> list[int]:
+  """Numbers of the members in whose model some value is not finite."""
+  method = run.method
+
+  def one_worker(state):
+    leaves = jax.tree.leaves(method.member(lambda model: model, state))
+    floating = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    bad = sum(jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) for x in floating)
+    axes = method.workers_on
+    return jax.lax.psum(spmd.in_own_place(bad, axes), axes)
+
+  with spmd.no_current_mesh():
+    bad = jax.jit(run.runner(one_worker, (method.specs,), P()))(state)
+  numbers = method.numbers(run.workers)
+  return [n for n, count in zip(numbers, np.asarray(bad)) if count]
+
+
 def greedy_soup(
   mix: Callable[[Any, Any], Any],
   state: Any,
@@ -142,9 +159,13 @@ def _flat(sums):
 
 def _summary(found: Scores, members: int) -> Scores:
   scores: Scores = {}
-  for what, best, worst in (("loss", min, max), ("accuracy", max, min)):
+  # Who is not finite is the worst, and never the best.
+  for what, best, worst in (
+    ("loss", np.fmin, np.maximum),
+    ("accuracy", np.fmax, np.minimum),
+  ):
     each = [found.pop(f"{n}_each_{what}") for n in range(members)]
     scores[f"members_{what}"] = float(np.mean(each))
-    scores[f"members_worst_{what}"] = worst(each)
-    scores[f"members_best_{what}"] = best(each)
+    scores[f"members_worst_{what}"] = float(worst.reduce(each))
+    scores[f"members_best_{what}"] = float(best.reduce(each))
   return scores | found

@@ -1,20 +1,22 @@
 """What a config says of a population: how its members differ."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from distrain_jax import methods
+from distrain_jax import data, methods
 from distrain_jax.data import mixing
 from distrain_jax.method import all_workers
 from distrain_jax.population import members
+from distrain_jax.train import averaging, optimizers
 from distrain_jax.train import config as configs
-from distrain_jax.train import optimizers
 
 INNER = "member"  # the axis of members that share a device
 MIXING = ("mixup", "cutmix", "smoothing", "erasing")
@@ -45,11 +47,44 @@ def check(c: ConfigDict) -> None:
       "config.method.name='dart' trains one model at first, and averages members "
       "that were one. Set --config.population.same_init=True."
     )
+  averaging.check(c)
   each = c.population.per_device
   if not isinstance(each, int) or each < 1:
     raise ValueError(
       f"config.population.per_device={each!r} is how many members share a "
       "device, at least 1."
+    )
+
+
+def check_rows_over(
+  c: ConfigDict, mesh_shape: Mapping[str, int], axis: str
+) -> None:
+  """Refuses what cannot divide a member's rows.
+
+  Args:
+    c: the config.
+    mesh_shape: axis -> size of the mesh as built.
+    axis: the method's.
+
+  Raises:
+    ValueError: naming the field, its value, the rule and a way out.
+  """
+  over = c.population.rows_over
+  others = [a for a in mesh_shape if a != axis]
+  if len(set(over)) < len(over) or not set(over) <= set(others):
+    raise ValueError(
+      f"config.population.rows_over={over!r} are the axes of config.mesh="
+      f"{dict(mesh_shape)} that divide a member's rows, each once, beside the "
+      f"members' own, {axis!r}: a tuple of {tuple(others)}, or () for none."
+    )
+  parts = math.prod(mesh_shape[name] for name in over)
+  rows = c.batch_size // size(c, mesh_shape, axis)
+  if rows % parts:
+    raise ValueError(
+      f"config.population.rows_over={over!r} cuts a member's {rows} rows of "
+      f"config.batch_size={c.batch_size} into {parts} unequal parts. Make it a "
+      f"multiple of {parts * size(c, mesh_shape, axis)}, or set "
+      "--config.population.rows_over='()'."
     )
 
 
@@ -64,12 +99,41 @@ def start_apart(c: ConfigDict) -> bool:
   return is_population(c) and not alike
 
 
-def options(c: ConfigDict, factory: Any) -> dict[str, Any]:
-  """What the trainer itself passes to a population's factory."""
+def options(
+  c: ConfigDict,
+  factory: Any,
+  model: nn.Module,
+  example: Mapping[str, jax.ShapeDtypeStruct],
+  info: data.Info,
+  axis: str,
+  numbers: Sequence[int],
+) -> dict[str, Any]:
+  """What the trainer itself passes to a population's factory.
+
+  Args:
+    c: the config.
+    factory: its method's.
+    model: that members train.
+    example: a row of a batch.
+    info: of the training data.
+    axis, numbers: as for `loss`.
+
+  Raises:
+    ValueError: as `averaging.options`.
+  """
   chosen: dict[str, Any] = {}
   if configs.takes(factory, "schedule"):
     chosen["schedule"] = optimizers.relative(c.optimizer, c.steps)
   chosen["inner"] = _inner(c)
+  if c.method.name == "papa":
+    settings = _settings_of(c, info.num_classes, numbers)
+    axes = all_workers(axis, _inner(c))
+    mixed = None
+    if settings:
+      mixed = mixing.mixer(settings, info.num_classes, axes)
+    chosen |= averaging.options(
+      c, model, example, info.count, len(numbers), mixed
+    )
   return chosen
 
 
@@ -97,18 +161,10 @@ def loss(
   Raises:
     ValueError: for settings of another kind of data, or that cannot be.
   """
-  settings = _settings(c, classes)
+  settings = _settings_of(c, classes, numbers)
   if not settings:
     return loss_fn
   axes = all_workers(axis, _inner(c))
-  if 1 < len(settings) <= max(numbers):
-    raise ValueError(
-      f"config.population has mixing settings for {len(settings)} members, but "
-      f"the last one has the number {max(numbers)}. Give one for each number "
-      "from 0, or one for all."
-    )
-  if len(settings) > 1:
-    settings = [settings[n] for n in numbers]
   return mixing.mixing_loss(loss_fn, settings, classes, axes)
 
 
@@ -132,6 +188,20 @@ def stacked(shardings: Any, mesh: Mesh, axis: str) -> Any:
 
 def _inner(c: ConfigDict) -> str | None:
   return INNER if c.population.per_device > 1 else None
+
+
+def _settings_of(
+  c: ConfigDict, classes: int | None, numbers: Sequence[int]
+) -> list[mixing.Mixing]:
+  """As `_settings`, of members of these numbers."""
+  settings = _settings(c, classes)
+  if 1 < len(settings) <= max(numbers):
+    raise ValueError(
+      f"config.population has mixing settings for {len(settings)} members, but "
+      f"the last one has the number {max(numbers)}. Give one for each number "
+      "from 0, or one for all."
+    )
+  return [settings[n] for n in numbers] if len(settings) > 1 else settings
 
 
 def _settings(c: ConfigDict, classes: int | None) -> list[mixing.Mixing]:

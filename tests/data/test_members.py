@@ -178,15 +178,28 @@ def test_a_state_from_before_there_were_members_is_of_one():
     ({"members": 3}, "'batch_size of a member': 6.*: 8, .*grows or shrinks"),
     ({"members": 1}, "'batch_size of a member': 6.*: 24, "),
     ({"members": N, "seed": 4}, "resume with the same config"),
-    (
-      {"members": (0, 1, 2, 4)},
-      r"members=\[0, 1, 2, 3\]; this one has members=\[0, 1, 2, 4\]",
-    ),
   ],
 )
 def test_a_state_of_other_members_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
     resumed(saved(2, members=N), 1, **options)
+
+
+def test_who_joins_while_another_leaves_has_a_number_of_its_own():
+  state, whole = saved(4, members=N), take(train_iterator(members=N), 6)
+  rest = resumed(state, 2, members=(0, 1, 3, 4))
+  for place, m in enumerate((0, 1, 3)):
+    own = {k: x[4:6] for k, x in of(whole, m).items()}
+    assert_equal(of(rest, place), own)
+  five = take(train_iterator(members=N + 1, batch_size=(N + 1) * EACH), 6)
+  own = {k: x[4:6] for k, x in of(five, N, N + 1).items()}
+  assert_equal(of(rest, 3), own)
+  state = saved(2, members=(0, 2, 3), batch_size=3 * EACH)
+  with pytest.raises(
+    ValueError,
+    match=r"members=\[0, 2, 3\]; this one has members=\[0, 1, 2\].*above",
+  ):
+    resumed(state, 1, members=(0, 1, 2), batch_size=3 * EACH)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.5, True, "2", (), (0, 0), (0, -1)])

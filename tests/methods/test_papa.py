@@ -85,6 +85,74 @@ def test_papa_all_replaces_everyone_by_the_mean():
   np.testing.assert_allclose(values[2][0], values[0].mean(0), atol=1e-6)
 
 
+def test_a_pull_comes_every_ten_steps_unless_told_otherwise():
+  values = trace(papa(tied=False), 20)
+  assert changed(values) == [i in (9, 19) for i in range(20)]
+
+
+@pytest.mark.parametrize("variant", ["all", "pair"])
+def test_what_repairs_an_average_is_told_all_it_may_need(variant):
+  """Here it takes the place of the average, with what it was told."""
+
+  def repair(own, average, rows, mean, sharing):
+    assert sharing == (None if variant == "pair" else "population")
+    of = jax.lax.axis_index("population").astype(jnp.float32)
+    draw = jax.random.uniform(rows.key)
+    told = [own["a"][0, 0], average["a"][0, 0], mean(own)["a"][0, 0]]
+    told += [mean({"of": of})["of"], rows.batch["x"][0, 0], draw]
+    new = average["a"].ravel().at[: len(told)].set(jnp.stack(told))
+    return {"a": new.reshape(average["a"].shape)}
+
+  def keyed(params, batch, key):
+    del batch
+    return 0.0 * params["a"].sum() + jax.random.uniform(key), {}
+
+  method = papa(keyed, variant=variant, every=2, repair=repair)
+  plain = trace(papa(variant=variant, every=2), 2)
+  values = trace(method, 2)
+  np.testing.assert_array_equal(values[:2], plain[:2])
+  told = values[2].reshape(N, -1)
+  np.testing.assert_array_equal(told[:, 6:], plain[2].reshape(N, -1)[:, 6:])
+  own, average, again, of, row, draw = told[:, :6].T
+  np.testing.assert_array_equal(own, plain[1][:, 0, 0])
+  np.testing.assert_array_equal(average, plain[2][:, 0, 0])
+  np.testing.assert_array_equal(again, average)
+  np.testing.assert_array_equal(row, np.arange(N))
+  assert len(set(draw.tolist())) == N  # each member's own key
+  run = dj.simulate(method, workers=N)
+  state = run.init(KEY, starts(), per_worker=True)
+  for _ in range(2):
+    state, metrics = run.step(state, BATCH, KEY)
+  np.testing.assert_allclose(metrics["loss"], draw.mean(), rtol=1e-6)
+  if variant == "all":
+    np.testing.assert_array_equal(of, [(N - 1) / 2] * N)
+  else:  # half the sum of two members' numbers, those of the pair
+    pairs = list(itertools.combinations(range(N), 2))
+    for n in range(N):
+      means = [(values[1][i] + values[1][j]) / 2 for i, j in pairs]
+      close = [np.allclose(plain[2][n], x, atol=1e-6) for x in means]
+      assert of[n] == sum(pairs[close.index(True)]) / 2
+
+
+def test_repair_of_variables_may_change_what_is_not_trained():
+  def loss(params, model_state, batch, key):
+    del key
+    return 0.0 * params["a"].sum() + batch["x"].sum(), ({}, model_state)
+
+  def repair(own, average, *_):
+    assert isinstance(own, dj.Variables)
+    state = {"mean": average.model_state["mean"] + 1}
+    return dj.Variables({"a": 2 * average.params["a"]}, state)
+
+  options = {"variant": "all", "every": 1, "repair": repair}
+  run = dj.simulate(papa(dj.stateful(loss), **options), workers=N)
+  start = dj.Variables(starts(), {"mean": np.arange(N, dtype=np.float32)})
+  state, _ = run.step(run.init(KEY, start, per_worker=True), BATCH, KEY)
+  np.testing.assert_allclose(state.model_state["mean"], 2.5)
+  expected = 2 * np.tile(starts()["a"].mean(0), (N, 1, 1))
+  np.testing.assert_allclose(state.params["a"], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_papa_2_makes_each_of_two_random_members(n):
   values = trace(papa(variant="pair", every=1), 1, n)
@@ -177,6 +245,14 @@ REFUSED = {
     "alpha": ({"alpha": 1.5}, r"`alpha` is what a member keeps"),
     "an epoch": ({"epoch_steps": 0}, "`epoch_steps` is a number of steps"),
     "no schedule": ({}, "needs `schedule`: a function"),
+    "no number": (
+      {"variant": "all"},
+      "variant='all' needs `every`, .* five epochs: 5 ",
+    ),
+    "nothing to repair": (
+      {"tied": False, "repair": lambda own, average, *_: average},
+      "but with variant='pull' it stays near itself",
+    ),
   },
   "dart": {
     "negative steps": ({"joint_steps": -1}, "`joint_steps` is a number of st"),

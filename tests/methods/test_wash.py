@@ -422,7 +422,8 @@ REFUSED = {
   "a negative end": ({"stop_after": -1}, "`stop_after` is the number of steps"),
   "tied to nothing": ({"tied": True}, "needs `schedule`: a function"),
   "another shuffle": ({"shuffle": "sorted"}, "latin_square, independent; got"),
-  "a rate of 0": ({"learning_rates": (1, 0)}, "each above 0; got"),
+  "a rate of 0": ({"learning_rates": (1, 0)}, "each finite and above 0; got"),
+  "no float32": ({"learning_rates": (1, 1e39)}, "each finite and above 0; got"),
   "no number": ({"leave": (-1,)}, "`leave` are numbers of members"),
   "one number": ({"leave": 1}, r"`leave` is a tuple of numbers, such as"),
   "one axis twice": ({"inner": "population"}, "`inner` is a name of its own"),
@@ -445,17 +446,14 @@ def test_bad_trees_are_refused_before_anything_compiles():
     "a length": ({"a": np.arange(3), "b": 0, "c": 0}, "one for each index"),
   }
   for depths, message in wrong.values():
-    run, state = begin(dj.wash(still, tx, depths=depths))
     with pytest.raises(ValueError, match=message):
-      run.step(state, BATCH, KEY)
-  run, state = begin(dj.wash(still, tx, rate=0.9, equal_volume=True))
+      begin(dj.wash(still, tx, depths=depths))
   with pytest.raises(ValueError, match=r"asks for .* of some layer. Lower the"):
-    run.step(state, BATCH, KEY)
+    begin(dj.wash(still, tx, rate=0.9, equal_volume=True))
   with pytest.raises(
     ValueError, match="has 2 factors, but the population has 4"
   ):
-    run, state = begin(dj.wash(still, tx, learning_rates=(1.0, 2.0)))
-    run.step(state, BATCH, KEY)
+    begin(dj.wash(still, tx, learning_rates=(1.0, 2.0)))
   unlike = {**starts(), "b": np.zeros((3, 40), np.float32)}
   with pytest.raises(ValueError, match="its first axis must be the 4 workers"):
     begin(dj.wash(still, tx), unlike)

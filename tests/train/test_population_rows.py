@@ -1,0 +1,51 @@
+"""Axes of the mesh that divide a member's rows, as a config names them."""
+
+import jax
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+import distrain_jax as dj
+from distrain_jax import runners, train
+
+MESH = {"fsdp": 2, "population": 2, "tensor": 2}  # sorted, as a config is
+
+
+@pytest.fixture(scope="module")
+def config(small):
+  return lambda rows_over, batch_size=16: small(
+    **{
+      "mesh": ConfigDict(MESH),
+      "method.name": "wash",
+      "batch_size": batch_size,
+      "evaluation.batch_size": 16,
+      "population.rows_over": rows_over,
+    }
+  )
+
+
+@pytest.mark.parametrize(
+  "rows_over",
+  [("data",), ("population",), ("fsdp", "fsdp"), ("fsdp", "")],
+)
+def test_other_axes_are_refused(rows_over, config):
+  with pytest.raises(ValueError) as e:
+    train.build(config(rows_over), jax.devices()[:8])
+  assert f"config.population.rows_over={rows_over!r}" in str(e.value)
+  assert str(MESH) in str(e.value)
+  assert "a tuple of ('fsdp', 'tensor'), or ()" in str(e.value)
+
+
+def test_rows_are_cut_into_equal_parts(config):
+  train.build(config(("fsdp", "tensor")), jax.devices()[:8])
+  with pytest.raises(
+    ValueError, match=r"cuts a member's 6 rows .* into 4 .* multiple of 8, or"
+  ):
+    train.build(config(("fsdp", "tensor"), 12), jax.devices()[:8])
+
+
+@pytest.mark.parametrize("rows_over", ["fsdp", ("fsdp", "fsdp")])
+def test_distribute_takes_each_axis_once(rows_over, mesh):
+  method = dj.wash(lambda *_: (0.0, {}), optax.sgd(0.1), axis="data")
+  with pytest.raises(ValueError, match="is a tuple of axes, each once, of"):
+    runners.distribute(method, mesh(2, fsdp=2), rows_over=rows_over)
