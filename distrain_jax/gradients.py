@@ -5,7 +5,7 @@ differentiating through a psum would scale it by the number of workers.
 """
 
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from distrain_jax.method import (
   Params,
   StatefulLoss,
 )
+from distrain_jax.whole import is_whole
 
 
 class Gradient(NamedTuple):
@@ -31,8 +32,7 @@ class Gradient(NamedTuple):
 
 
 def check_accumulate(name: str, accumulate: int) -> None:
-  whole = isinstance(accumulate, Integral) and accumulate is not True
-  if not whole or accumulate < 1:
+  if not is_whole(accumulate, 1):
     raise ValueError(
       f"{name}: `accumulate` is the number of micro-batches that each "
       f"worker's share is cut into, at least 1; got {accumulate!r}."

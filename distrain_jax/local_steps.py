@@ -9,7 +9,6 @@ worker's message could meet another one of the others.
 """
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ import optax
 from distrain_jax import gradients, spmd, variables
 from distrain_jax.gradients import at_least_float32
 from distrain_jax.method import LossFn, Metrics, Params, StatefulLoss
+from distrain_jax.whole import is_whole
 
 
 class Own(NamedTuple):
@@ -38,8 +38,7 @@ class Local(NamedTuple):
 
 
 def check_sync_every(name: str, sync_every: int) -> None:
-  whole = isinstance(sync_every, Integral) and sync_every is not True
-  if not whole or sync_every < 1:
+  if not is_whole(sync_every, 1):
     raise ValueError(
       f"{name}: `sync_every` is the number of steps that the workers take "
       f"alone between exchanges, at least 1; got {sync_every!r}."

@@ -5,7 +5,6 @@ What ACCO has in common with the delayed updates that it is judged against.
 Letters in shapes: N workers, h halves of a round (or 1), k micro-batches each.
 """
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from distrain_jax import gradients, layout, overlap, variables
 from distrain_jax.gradients import Gradient
 from distrain_jax.method import Batch, Metrics, Params, StatefulLoss
 from distrain_jax.sharded_update import Shard, Sums
+from distrain_jax.whole import is_whole
 
 
 class Counted(NamedTuple):
@@ -69,8 +69,8 @@ def make_plan(
   gradients.check_dtype(name, "wire_dtype", wire_dtype)
   gradients.check_dtype(name, "param_dtype", param_dtype)
   most = accumulate // 2
-  whole = isinstance(slices, Integral) and not isinstance(slices, bool)
-  if slices is not None and not (whole and 0 <= slices <= most):
+  whole = is_whole(slices)
+  if slices is not None and not (whole and slices <= most):
     raise ValueError(
       f"{name}: `slices` are the parts of each collective; every part of the "
       "reduce-scatter and of the all-gather goes beside a micro-batch of its "
@@ -99,8 +99,7 @@ def make_plan(
 
 
 def check_warmup(name: str, warmup: int) -> None:
-  whole = isinstance(warmup, Integral) and not isinstance(warmup, bool)
-  if not whole or warmup < 0:
+  if not is_whole(warmup):
     raise ValueError(
       f"{name}: `warmup` is the number of synchronous steps at the start, from "
       f"0; got {warmup!r}."

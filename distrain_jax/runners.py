@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from distrain_jax import compile_options as options_by_chip
 from distrain_jax import shardings, spmd
 from distrain_jax.method import Method
+from distrain_jax.whole import is_whole
 
 
 class Run(NamedTuple):
@@ -68,7 +68,7 @@ def simulate(
       replicas.
   """
   for name, value in (("workers", workers), ("replicas", replicas)):
-    if not isinstance(value, Integral) or value < 1:
+    if not is_whole(value, 1):
       raise ValueError(
         f"simulate: `{name}` is a whole number from 1; got {value!r}."
       )
@@ -171,8 +171,7 @@ def _axes(method) -> tuple[str, ...]:
 
 
 def _check_per_device(method, per_device) -> None:
-  whole = isinstance(per_device, Integral) and not isinstance(per_device, bool)
-  if not whole or per_device < 1:
+  if not is_whole(per_device, 1):
     raise ValueError(
       "distribute: `per_device` is how many workers share a device, a whole "
       f"number from 1; got {per_device!r}."

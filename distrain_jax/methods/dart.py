@@ -7,7 +7,7 @@ https://arxiv.org/abs/2302.14685.
 The branches differ in augmentation or domain: see `data.mixing`.
 """
 
-from numbers import Integral, Real
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import optax
 from distrain_jax import local_steps
 from distrain_jax.method import LossFn, Method, StatefulLoss
 from distrain_jax.population import averages, members
+from distrain_jax.whole import is_whole
 
 OPT_STATE = ("kept", "averaged", "reset")
 
@@ -105,8 +106,7 @@ def _check(joint_steps, every, weight, opt_state) -> None:
     ("joint_steps", joint_steps, 0),
     ("every", every, 1),
   ):
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < least:
+    if not is_whole(value, least):
       raise ValueError(
         f"dart: `{option}` is a number of steps, at least {least}; got "
         f"{value!r}."

@@ -10,7 +10,7 @@ travels is summed in its own dtype: the paper sends 4 bits and sums in float32.
 """
 
 import functools
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from distrain_jax import fragments as pieces
 from distrain_jax import gradients, local_steps, variables
 from distrain_jax.gradients import at_least_float32
 from distrain_jax.method import LossFn, Method, Params, StatefulLoss
+from distrain_jax.whole import is_whole
 
 
 class Outer(NamedTuple):
@@ -282,14 +283,12 @@ def _check_outer(outer_learning_rate, outer_momentum, mix) -> None:
 
 
 def _check_stream(fragments, delay, sync_every) -> None:
-  whole = isinstance(fragments, Integral) and fragments is not True
-  if not whole or not 1 <= fragments <= sync_every:
+  if not is_whole(fragments, 1) or fragments > sync_every:
     raise ValueError(
       "diloco: `fragments` is the number of parts that are exchanged one after "
       f"the other, from 1 to sync_every={sync_every}; got {fragments!r}."
     )
-  whole = isinstance(delay, Integral) and delay is not True
-  if not whole or not 0 <= delay < sync_every:
+  if not is_whole(delay) or delay >= sync_every:
     raise ValueError(
       "diloco: `delay` is the number of steps until what was sent is applied, "
       f"from 0 to sync_every - 1 = {sync_every - 1}, so that it is applied "

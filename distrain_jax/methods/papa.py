@@ -9,7 +9,7 @@ REPAIR (https://arxiv.org/abs/2211.08403), so that its units vary as much as the
 members' did.
 """
 
-from numbers import Integral, Real
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import optax
 from distrain_jax import local_steps, variables
 from distrain_jax.method import LossFn, Method, StatefulLoss
 from distrain_jax.population import averages, members, sparse, swapping
+from distrain_jax.whole import is_whole
 
 VARIANTS = ("pull", "all", "pair")
 PULL_EVERY = 10  # steps, the paper's
@@ -55,7 +56,8 @@ def papa(
       the others need a number, the paper's 5 epochs (1 of ImageNet): so often
       the data's rows over those that a member sees in a step. In a config None
       is these 5 epochs.
-    alpha: a is 1 - alpha at the peak of the learning rate; for "pull".
+    alpha: a is 1 - alpha at the peak of the learning rate; for "pull". So small
+      a pull is lost on bfloat16 parameters; see `averages.mix`.
     tied: a follows the learning rate, a = (1 - alpha) schedule(step + 1): that
       of the step after, as the authors' code has it. For "pull".
     schedule: (step) -> learning rate relative to its peak, in [0, 1].
@@ -151,14 +153,13 @@ def _check(variant, every, alpha, epoch_steps, stop_after, repair) -> None:
     raise ValueError(
       f"papa: `variant` is one of {', '.join(VARIANTS)}; got {variant!r}."
     )
-  whole = lambda x: isinstance(x, Integral) and not isinstance(x, bool)
   if every is None and variant != "pull":
     raise ValueError(
       f"papa: variant={variant!r} needs `every`, the number of steps from one "
       "exchange to the next; the paper's is that of five epochs: 5 * rows of "
       "the data // rows that a member sees in a step."
     )
-  if every is not None and (not whole(every) or every < 1):
+  if every is not None and not is_whole(every, 1):
     raise ValueError(
       "papa: `every` is the number of steps from one exchange to the next, at "
       f"least 1; got {every!r}."
@@ -178,7 +179,7 @@ def _check(variant, every, alpha, epoch_steps, stop_after, repair) -> None:
     ("epoch_steps", epoch_steps),
     ("stop_after", stop_after),
   ):
-    if value is not None and (not whole(value) or value < 1):
+    if value is not None and not is_whole(value, 1):
       raise ValueError(
         f"papa: `{option}` is a number of steps, at least 1, or None; got "
         f"{value!r}."

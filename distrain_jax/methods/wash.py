@@ -18,6 +18,7 @@ the K chosen values, and no index.
 import functools
 from typing import Any
 
+import jax
 import optax
 
 from distrain_jax.method import LossFn, Method, StatefulLoss
@@ -91,7 +92,8 @@ def wash(
     leave: numbers of members that are not there (any more): a population of N
       has the first N numbers without them. When it adopts a state, members
       whose numbers it has go on as they were; other numbers, and members that
-      are not finite, start from the average of the rest.
+      are not finite, start from the average of the rest. So with as many members
+      as before, who left is replaced; name who left earlier, too.
     inner: a second axis, of members that share a device; see `distribute`.
 
   Returns:
@@ -103,7 +105,7 @@ def wash(
   Raises:
     ValueError: if an option is out of range, or the optimizer's state is not
       made of trees like the parameters although it is to be shuffled; from
-      `init`, if depths or patterns do not fit the model.
+      `init`, if depths, patterns or that state do not fit the model.
   """
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
@@ -139,4 +141,10 @@ def wash(
       member = member._replace(opt_state=rebuild(trees[1:]))
     return member
 
-  return sparse.population("wash", loss_fn, tx, options, chosen, exchange)
+  def can_follow(params):
+    if shuffle_optimizer:
+      moments.split("wash", jax.eval_shape(tx.init, params), params)
+
+  return sparse.population(
+    "wash", loss_fn, tx, options, chosen, exchange, can_follow
+  )

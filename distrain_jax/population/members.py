@@ -4,7 +4,7 @@ Letters in shapes: N members.
 """
 
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from distrain_jax.method import (
   all_workers,
 )
 from distrain_jax.population import adopting
+from distrain_jax.whole import is_whole
 
 # What the exchange's key is folded with: no member has this number.
 _EXCHANGE = 0xFFFFFFFF
@@ -96,10 +97,10 @@ def check_options(name: str, options: Options) -> None:
       f"{name}: `learning_rates` are factors of the members' updates, one a "
       f"member, each finite and above 0; got {rates!r}."
     )
-  whole = lambda x: isinstance(x, Integral) and x is not True and x >= 0
-  if not all(map(whole, options.leave)):
+  leave = list(options.leave)
+  if not all(map(is_whole, leave)) or len(set(leave)) < len(leave):
     raise ValueError(
-      f"{name}: `leave` are numbers of members, from 0; got {options.leave!r}."
+      f"{name}: `leave` are numbers of members, from 0, each once; got {options.leave!r}."
     )
   if options.inner is not None and options.inner == options.axis:
     raise ValueError(
@@ -154,7 +155,7 @@ def population(
 
   def init(key, model):
     del key  # nothing random: the caller draws each member's model
-    _check_size(name, options)
+    check_size(name, options, jax.lax.axis_size(axes))
     local, model_state = local_steps.start(loss_fn, tx, model)
     if check is not None:
       check(local.params)
@@ -168,7 +169,7 @@ def population(
     )
 
   def step(state: PopulationState, batch, key):
-    _check_size(name, options)
+    check_size(name, options, jax.lax.axis_size(axes))
     of_step = spmd.shared_key(key, state.step)
     own_key = jax.random.fold_in(of_step, state.number)
     shared = jax.random.fold_in(of_step, _EXCHANGE)
@@ -273,14 +274,22 @@ def numbers(members: int, leave: Sequence[int]) -> list[int]:
   return [n for n in range(members + len(leave)) if n not in leave][:members]
 
 
-def _check_size(name: str, options: Options) -> None:
-  rates, members = options.learning_rates, jax.lax.axis_size(options.axes)
-  last = numbers(members, options.leave)[-1]
+def check_size(name: str, options: Options, members: int) -> None:
+  """As `check_options`, of a population of so many."""
+  rates, last = options.learning_rates, numbers(members, options.leave)[-1]
   if rates is not None and len(rates) <= last:
     raise ValueError(
       f"{name}: `learning_rates` has {len(rates)} factors, but the population "
       f"has {members} members, the last of which is number {last}. Give "
       f"{last + 1}, one for each number, or None."
+    )
+  ever = members + len(options.leave)
+  unknown = [n for n in options.leave if n >= ever]
+  if unknown:
+    raise ValueError(
+      f"{name}: leave={tuple(options.leave)!r}, but with {members} members "
+      f"there, numbers go to {ever - 1}: {unknown} cannot have left. Name all "
+      "who did, and only them."
     )
 
 

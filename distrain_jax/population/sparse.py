@@ -1,7 +1,6 @@
 """Populations that exchange a few coordinates: what WASH and SPARTA share."""
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distrain_jax.method import LossFn, Method, StatefulLoss
+from distrain_jax.method import LossFn, Method, Params, StatefulLoss
 from distrain_jax.population import members, rates
 from distrain_jax.population.members import ALONE, Member, Options, Phase
+from distrain_jax.whole import is_whole
 
 # (step, from 0) -> the learning rate relative to its peak, in [0, 1].
 Schedule = Callable[[Any], Any]
@@ -45,11 +45,12 @@ def check(name: str, sparse: Sparse) -> None:
 
 
 def check_tied(name: str, tied: bool, schedule: Schedule | None) -> None:
-  if tied and schedule is None:
+  if tied and not callable(schedule):
     raise ValueError(
       f"{name}: tied=True follows the learning rate, so it needs `schedule`: a "
       "function (step) -> rate relative to its peak, in [0, 1], such as "
-      "lambda step: tx_schedule(step) / peak. Pass one, or tied=False."
+      "lambda step: tx_schedule(step) / peak; got "
+      f"{schedule!r}. Pass one, or tied=False."
     )
 
 
@@ -60,6 +61,7 @@ def population(
   options: Options,
   sparse: Sparse,
   exchange: Callable[[Member, list[np.ndarray], jax.Array], Member],
+  check_model: Callable[[Params], Any] | None = None,
 ) -> Method:
   """Such a population; without a conditional where every step is alike.
 
@@ -67,10 +69,16 @@ def population(
     name, loss_fn, tx, options: as of `members.population`.
     sparse: checked here.
     exchange: (member, the rates of its leaves, key) -> member.
+    check_model: as `check` of `members.population`.
   """
   check(name, sparse)
   phases, which = _phases(name, sparse, exchange)
-  early = lambda params: rates_of(name, sparse, params)
+
+  def early(params):
+    rates_of(name, sparse, params)
+    if check_model is not None:
+      check_model(params)
+
   return members.population(name, loss_fn, tx, options, phases, which, early)
 
 
@@ -121,8 +129,7 @@ def rates_of(name: str, sparse: Sparse, params) -> list[np.ndarray]:
 
 
 def _check_whole(name, option, value, least, what) -> None:
-  whole = isinstance(value, Integral) and not isinstance(value, bool)
-  if not whole or value < least:
+  if not is_whole(value, least):
     raise ValueError(
       f"{name}: `{option}` is {what}, a whole number from {least}; got "
       f"{value!r}."

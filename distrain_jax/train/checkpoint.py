@@ -13,12 +13,10 @@ from typing import Any
 
 import jax
 from absl import logging as absl_logging
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from distrain_jax import spmd
-from distrain_jax.runners import Run, simulated
+from distrain_jax.runners import Run
+from distrain_jax.train import other_workers
 from distrain_jax.train.position import saveable
 
 
@@ -105,7 +103,7 @@ class Checkpoints:
         "workers": run.workers,
         "method": run.method.name,
         "layout": run.method.layout,
-        "numbers": _numbers(run),
+        "numbers": other_workers.numbers(run),
       },
       overwrite=True,
     )
@@ -143,11 +141,13 @@ class Checkpoints:
       )
     mine = like = run.abstract(key, params)
     try:
-      same = _same_workers(run, saved)
+      same = other_workers.same_workers(run, saved)
       if not same:
         if run.method.reshard is None:
           run.adopt(None)  # says why it cannot, before anything is read
-        like = _of_other_workers(run, saved["workers"], key, params)
+        like = other_workers.of_other_workers(
+          run, saved["workers"], key, params, mine
+        )
     except ValueError as e:
       before = saved["workers"]
       other = "" if before == run.workers else f"not of {run.workers}, "
@@ -160,9 +160,9 @@ class Checkpoints:
       self._restore_data(step, batches)
     divided = None
     if not same and run.method.population and run.mesh is not None:
-      divided, like = saved["workers"], _divided(run, like, mine)
+      divided, like = saved["workers"], other_workers.divided(run, like)
     state = self._orbax.load_checkpointables(step, {"state": like})["state"]
-    return state if same else _lay(run.adopt(state, divided), mine)
+    return state if same else other_workers.lay(run.adopt(state, divided), mine)
 
   def wait(self) -> None:
     """Until what was saved is on disk."""
@@ -222,56 +222,6 @@ def saved_workers(folder: Path, step: int | None = None) -> tuple[int, int]:
   return step, json.loads(file.read_text())["custom_metadata"]["workers"]
 
 
-def _of_other_workers(run: Run, workers: int, key, params) -> Any:
-  """Shapes of the state that `workers` workers had, on this run's mesh."""
-  of_others, params = simulated(run, params, workers)
-  shapes = of_others.abstract(key, params)
-  if run.mesh is None:
-    return shapes
-  axis = run.method.axis
-
-  def one(x):
-    divides = x.shape[:1] == (workers,) and workers % run.workers == 0
-    sharding = NamedSharding(run.mesh, P(axis) if divides else P())
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-  return jax.tree.map(one, shapes)
-
-
-def _divided(run: Run, like: Any, mine: Any) -> Any:
-  """`like` of other members, each device with about as many as it will have.
-
-  Its members' axis is padded to what the mesh divides evenly.
-  """
-  parts = run.mesh.shape[run.method.axis]
-
-  def one(spec, x, here):
-    shape = x.shape
-    if len(spec):
-      shape = (-(-shape[0] // parts) * parts, *shape[1:])
-    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=here.sharding)
-
-  return spmd.map_specs(
-    lambda s, *xs: jax.tree.map(lambda *x: one(s, *x), *xs),
-    run.method.specs,
-    like,
-    mine,
-  )
-
-
-def _numbers(run: Run) -> list[int] | None:
-  numbers = run.method.numbers
-  return None if numbers is None else list(numbers(run.workers))
-
-
-def _same_workers(run: Run, saved: Any) -> bool:
-  """Whether the state is of this run's workers, each in its place."""
-  before = saved.get("numbers")  # older ones have none
-  if run.method.numbers is None or before is None:
-    return saved["workers"] == run.workers
-  return list(run.method.numbers(run.workers, before)) == before
-
-
 def _leaves(tree: Any) -> dict[str, str]:
   """Path -> shape and dtype; Orbax's metadata and states agree on paths."""
 
@@ -284,13 +234,6 @@ def _leaves(tree: Any) -> dict[str, str]:
     jax.tree_util.keystr(path, simple=True, separator="."): one(x)
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
   }
-
-
-def _lay(state: Any, like: Any) -> Any:
-  """`adopt` knows the workers' axis only; params may lie on others as well."""
-  with spmd.no_current_mesh():
-    where = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(lambda state: state, out_shardings=where)(state)
 
 
 class _Always:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from distrain_jax.method import all_workers
 from distrain_jax.population import members
 from distrain_jax.train import averaging, optimizers
 from distrain_jax.train import config as configs
+from distrain_jax.whole import is_whole
 
 INNER = "member"  # the axis of members that share a device
 MIXING = ("mixup", "cutmix", "smoothing", "erasing")
@@ -49,11 +51,32 @@ def check(c: ConfigDict) -> None:
     )
   averaging.check(c)
   each = c.population.per_device
-  if not isinstance(each, int) or each < 1:
+  if not is_whole(each, 1):
     raise ValueError(
       f"config.population.per_device={each!r} is how many members share a "
       "device, at least 1."
     )
+
+
+def check_members(
+  c: ConfigDict, mesh_shape: Mapping[str, int], axis: str
+) -> None:
+  """Refuses what members of so many numbers cannot have; as `validate`."""
+  if not is_population(c):
+    return
+  for field in MIXING:
+    if not all(isinstance(x, Real) for x in c.population[field]):
+      raise ValueError(
+        f"config.population.{field}={c.population[field]!r} are numbers, one a "
+        "member, one for all, or () for none."
+      )
+  options = members.Options(
+    axis,
+    learning_rates=c.method.learning_rates,
+    leave=c.method.leave or (),
+  )
+  members.check_options(c.method.name, options)
+  members.check_size(c.method.name, options, size(c, mesh_shape, axis))
 
 
 def check_rows_over(

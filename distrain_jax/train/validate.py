@@ -114,6 +114,7 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
   populations.check(c)
   mup.check(c)
   _batch(c, mesh_shape, axis)
+  populations.check_members(c, mesh_shape, axis)
   populations.check_rows_over(c, mesh_shape, axis)
   for logical, target in c.sharding.items():
     if target not in mesh_shape or target == axis:

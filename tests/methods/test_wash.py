@@ -161,9 +161,8 @@ def test_moments_follow_their_weights_if_asked_to(moves, shuffle):
 
 def test_an_optimizer_whose_state_is_of_another_form_is_refused():
   method = dj.wash(still, optax.adafactor(0.1), shuffle_optimizer=True)
-  run, state = begin(method, {"a": np.ones((N, 256, 256), np.float32)})
   with pytest.raises(ValueError, match=r"state has an array of shape .*adamw"):
-    run.step(state, BATCH, KEY)
+    begin(method, {"a": np.ones((N, 256, 256), np.float32)})
 
 
 def moved(method, steps):
@@ -425,6 +424,11 @@ REFUSED = {
   "a rate of 0": ({"learning_rates": (1, 0)}, "each finite and above 0; got"),
   "no float32": ({"learning_rates": (1, 1e39)}, "each finite and above 0; got"),
   "no number": ({"leave": (-1,)}, "`leave` are numbers of members"),
+  "one number twice": ({"leave": (1, 1)}, r"each once; got \(1, 1\)"),
+  "tied to a number": (
+    {"tied": True, "schedule": 0.5},
+    "needs `schedule`: a function .*got 0.5. Pass one",
+  ),
   "one number": ({"leave": 1}, r"`leave` is a tuple of numbers, such as"),
   "one axis twice": ({"inner": "population"}, "`inner` is a name of its own"),
   "half a batch": ({"accumulate": 0}, "`accumulate` is the number"),

@@ -49,3 +49,26 @@ def test_distribute_takes_each_axis_once(rows_over, mesh):
   method = dj.wash(lambda *_: (0.0, {}), optax.sgd(0.1), axis="data")
   with pytest.raises(ValueError, match="is a tuple of axes, each once, of"):
     runners.distribute(method, mesh(2, fsdp=2), rows_over=rows_over)
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    (
+      "method.learning_rates",
+      (1.0,),
+      r"has 1 factors, but the population has 2",
+    ),
+    ("method.leave", (5,), r"numbers go to 2: \[5\] cannot have left"),
+    ("population.mixup", ("a",), r"population.mixup=\('a',\) are numbers"),
+    ("population.per_device", True, "per_device=True is how many members"),
+  ],
+)
+def test_what_members_cannot_have_is_refused_by_the_config(
+  field, value, message, config
+):
+  c = config(())
+  with c.unlocked():
+    c.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=message):
+    train.build(c, jax.devices()[:8])

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from distrain_jax.methods.sdp import assignments, rings, whole
 from distrain_jax.methods.sdp.assignments import Holding, Places
 from distrain_jax.methods.sdp.structure import LEVELS, Structure
+from distrain_jax.whole import is_whole
 
 ASSIGNMENTS = ("cyclic", "shuffled", "balanced", "nested", "rolling")
 REDRAWN = ("shuffled", "rolling")
@@ -62,8 +63,7 @@ def check_redraw(assignment: Assignment, redraw_every: int | None) -> None:
   Raises:
     ValueError: if redraw_every is no number of steps, or without meaning.
   """
-  whole = isinstance(redraw_every, Integral) and redraw_every is not True
-  if redraw_every is not None and not (whole and redraw_every > 0):
+  if redraw_every is not None and not is_whole(redraw_every, 1):
     raise ValueError(
       "sdp: `redraw_every` is the number of steps between two draws of the "
       f"masks, at least 1, or None; got {redraw_every!r}."
