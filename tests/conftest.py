@@ -10,6 +10,7 @@ import pytest
 
 from distrain_jax import spmd
 
+# Before a backend starts, which none of the above does.
 # Code that runs a few steps need not be fast, but compile fast. XLA's own
 # passes, which tests of compiled programs read, stay as they are.
 FLAGS = ["--xla_backend_optimization_level=0"]

@@ -87,7 +87,7 @@ def check_resumes(state: Mapping[str, Any], decides: Mapping[str, Any]) -> None:
     )
   were, are = _members(state), _members(decides)
   new = set(are) - set(were)
-  # A number that nobody has had can only be of one who joins.
+  # A number above all of theirs is taken to be of one who joins.
   if new and not set(were) <= set(are) and min(new) < max(were):
     raise ValueError(
       f"This state was saved by a data iterator with members={were}; this one "

@@ -55,7 +55,7 @@ def papa(
     every: steps from one exchange to the next. None: the paper's 10 for "pull";
       the others need a number, the paper's 5 epochs (1 of ImageNet): so often
       the data's rows over those that a member sees in a step. In a config None
-      is these 5 epochs.
+      is these 5 epochs for them.
     alpha: a is 1 - alpha at the peak of the learning rate; for "pull". So small
       a pull is lost on bfloat16 parameters; see `averages.mix`.
     tied: a follows the learning rate, a = (1 - alpha) schedule(step + 1): that

@@ -5,7 +5,8 @@ rewrites others to that form at the top level of a program, not in the body of
 a loop (https://github.com/jax-ml/jax/issues/12868). JAX's gradients of a
 convolution have another form, so that every scan over micro-batches, ticks or
 layers ran them some twenty times slower. Here they are written channels last
-from the start; elsewhere they are JAX's own.
+from the start; elsewhere they are JAX's own. The price is forward mode
+(`jax.jvp`), which a function with a gradient of its own does not have.
 """
 
 import functools

@@ -158,7 +158,8 @@ class Conv(nn.Module):
   """A square convolution, padded by (size - 1) / 2.
 
   x (b, h, w, i) -> (b, ceil(h / stride), ceil(w / stride), o), in `dtype`.
-  Padded alike on both sides, unlike `SAME`, where the stride is 2.
+  Padded alike on both sides, unlike `SAME`, where the stride is 2. Without
+  forward-mode derivatives; see `convolution`.
   """
 
   features: int

@@ -21,7 +21,8 @@ class Continued(NamedTuple):
 
   at: jax.Array  # (M,), int32: place among the old members
   known: jax.Array  # (M,), bool: False for those who join
-  sound: jax.Array  # (N,), bool: old members that are finite in all they hold
+  sound: jax.Array  # (N,), bool: old members whose models are finite and
+  # whose optimizers' states are numbers; an unset best loss there may be inf
 
 
 def check_count(name: str, old: int, new: int, leave: Sequence[int]) -> None:
@@ -48,13 +49,16 @@ def check_numbers(
     )
 
 
-def continued(tree: Any, number: jax.Array, here: jax.Array) -> Continued:
-  """Members `here` (M,) of a tree (N, ...); a number that is new joins."""
-  members = number.shape[0]
-  sound = jnp.ones(members, bool)
-  for x in jax.tree.leaves(tree):
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-      sound &= jnp.isfinite(x).all(tuple(range(1, x.ndim)))
+def continued(
+  model: Any, opt_state: Any, number: jax.Array, here: jax.Array
+) -> Continued:
+  """Members `here` (M,) of trees (N, ...); a number that is new joins."""
+  sound = jnp.ones(number.shape[0], bool)
+  is_number = lambda x: ~jnp.isnan(x)
+  for tree, good in ((model, jnp.isfinite), (opt_state, is_number)):
+    for x in jax.tree.leaves(tree):
+      if jnp.issubdtype(x.dtype, jnp.inexact):
+        sound &= good(x).all(tuple(range(1, x.ndim)))
   same = (here[:, None] == number[None]) & sound[None]
   return Continued(same.argmax(1), same.any(1), sound)
 

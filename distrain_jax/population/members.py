@@ -49,7 +49,7 @@ class Rows(NamedTuple):
   """What a member saw in a step."""
 
   batch: Any  # its rows
-  key: jax.Array  # its own key: that of its loss
+  key: jax.Array  # its own: its loss's; micro-batch i's is fold_in(key, i)
 
 
 class Phase(NamedTuple):
@@ -205,7 +205,8 @@ def population(
   def reshard(state: PopulationState, members: int) -> PopulationState:
     adopting.check_count(name, state.number.shape[0], members, options.leave)
     here = jnp.asarray(numbers(members, options.leave), jnp.int32)
-    found = adopting.continued(state[2:], state.number, here)
+    model = state.params, state.model_state
+    found = adopting.continued(model, state.opt_state, state.number, here)
     parts = adopting.restack(state[2:], found)
     return PopulationState(state.step, here, *parts)
 

@@ -40,7 +40,8 @@ def check_schedule(name: str, layer_schedule: str) -> None:
 
 
 def check_exclude(name: str, exclude: Sequence[str]) -> None:
-  if isinstance(exclude, str) or not all(isinstance(x, str) for x in exclude):
+  listed = isinstance(exclude, Sequence) and not isinstance(exclude, str)
+  if not listed or not all(isinstance(x, str) for x in exclude):
     raise ValueError(
       f"{name}: `exclude` is a tuple of patterns of parameters' paths, such as "
       f"('*/scale', '*/bias'); got {exclude!r}."

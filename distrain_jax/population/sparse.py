@@ -69,14 +69,14 @@ def population(
     name, loss_fn, tx, options: as of `members.population`.
     sparse: checked here.
     exchange: (member, the rates of its leaves, key) -> member.
-    check_model: as `check` of `members.population`.
+    check_model: as `check` of `members.population`, of one that exchanges.
   """
   check(name, sparse)
   phases, which = _phases(name, sparse, exchange)
 
   def early(params):
     rates_of(name, sparse, params)
-    if check_model is not None:
+    if check_model is not None and sparse.rate:
       check_model(params)
 
   return members.population(name, loss_fn, tx, options, phases, which, early)

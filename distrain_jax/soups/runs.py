@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from distrain_jax import data, methods, runners
 from distrain_jax.models import Task, weights
 from distrain_jax.soups import trees
-from distrain_jax.train import experiment, export
+from distrain_jax.train import experiment, export, populations
 from distrain_jax.train.checkpoint import Checkpoints, saved_workers
 from distrain_jax.train.initial import description, from_file
 
@@ -99,11 +99,10 @@ def program(c: ConfigDict) -> experiment.Program:
   Raises:
     ValueError: as `train.build`.
   """
-  c = c.copy_and_resolve_references()
+  c = populations.for_reading(c)
   with c.unlocked():
     for axis in c.mesh:
       c.mesh[axis] = 1
-    c.population.per_device = 1
   told = data.describe(
     c.data, vocab=c.model.get("vocab"), classes=c.model.get("classes")
   )

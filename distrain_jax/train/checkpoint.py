@@ -41,7 +41,8 @@ class Checkpoints:
       keep: how many of the latest to keep.
       keep_best: how many more to keep, of those with the lowest loss.
       reading: nothing will be saved, and what is not complete stays: it may be
-        a save of a run that goes on.
+        a save of a run that goes on. Members are those of the checkpoint,
+        whoever left since.
     """
     _quiet()
     context = ocp.Context()
@@ -62,6 +63,7 @@ class Checkpoints:
       preservation_policy=policies.AnyPreservationPolicy(kept),
       cleanup_tmp_directories=not reading,
     )
+    self._reading = reading
 
   def __enter__(self):
     return self
@@ -141,7 +143,9 @@ class Checkpoints:
       )
     mine = like = run.abstract(key, params)
     try:
-      same = other_workers.same_workers(run, saved)
+      same = saved["workers"] == run.workers
+      if not self._reading:
+        same = other_workers.same_workers(run, saved)
       if not same:
         if run.method.reshard is None:
           run.adopt(None)  # says why it cannot, before anything is read

@@ -17,7 +17,7 @@ from distrain_jax import data
 from distrain_jax.method import Variables
 from distrain_jax.models import weights
 from distrain_jax.runners import simulated
-from distrain_jax.train import experiment, initial
+from distrain_jax.train import experiment, initial, populations
 from distrain_jax.train.checkpoint import Checkpoints, saved_workers
 from distrain_jax.train.config import default_config
 
@@ -114,9 +114,8 @@ def export(
 
 def _on_all_devices(c: ConfigDict) -> ConfigDict:
   """With as many workers as devices allow, and batches that they can share."""
-  c = c.copy_and_resolve_references()
+  c = populations.for_reading(c)
   c.mesh.update({experiment.axis_of(c): -1, **_other_axes(c)})
-  c.population.per_device = 1
   for batches in (c, c.evaluation):
     batches.batch_size *= jax.device_count()
   return c

@@ -182,9 +182,9 @@ class _Loop:
     if self.run.method.numbers is None:
       return ""
     if "worst_member" in values:
-      blamed = [int(values["worst_member"])]
+      blamed, bad = [int(values["worst_member"])], "worst"
     else:  # the model that was evaluated: who spoils the average
-      blamed = members.not_finite(self.run, self.state)
+      blamed, bad = members.not_finite(self.run, self.state), "not finite"
     others = self.run.workers - len(blamed)
     if not blamed or not others:
       return ""
@@ -194,7 +194,7 @@ class _Loop:
     are = f"Member {names} is" if len(blamed) == 1 else f"Members {names} are"
     them = "it" if len(blamed) == 1 else "them"
     return (
-      f"{are} worst; the {others} others can go on without {them}, on as many "
+      f"{are} {bad}; the {others} others can go on without {them}, on as many "
       "devices (config.mesh times config.population.per_device): "
       f"--config.method.leave='{leave}' --config.batch_size={rows}. "
     )

@@ -56,9 +56,12 @@ def numbers(run: Run) -> list[int] | None:
 
 def same_workers(run: Run, saved: Any) -> bool:
   """Whether the state is of this run's workers, each in its place."""
-  before = saved.get("numbers")  # older ones have none
-  if run.method.numbers is None or before is None:
+  mine = numbers(run)
+  if mine is None:
     return saved["workers"] == run.workers
+  before = saved.get("numbers")
+  if before is None:  # an older one: only its state says whose it is
+    return saved["workers"] == run.workers and mine == [*range(run.workers)]
   return list(run.method.numbers(run.workers, before)) == before
 
 

@@ -79,6 +79,21 @@ def check_members(
   members.check_size(c.method.name, options, size(c, mesh_shape, axis))
 
 
+def for_reading(c: ConfigDict) -> ConfigDict:
+  """A copy for who only reads its run, on a mesh of another size.
+
+  Without what is of members by their numbers, or of steps to come.
+  """
+  c = c.copy_and_resolve_references()
+  c.population.per_device = 1
+  if is_population(c):
+    fresh = configs.default_config()
+    c.method.leave = c.method.learning_rates = None
+    for field in (*MIXING, "repair"):
+      c.population[field] = fresh.population[field]
+  return c
+
+
 def check_rows_over(
   c: ConfigDict, mesh_shape: Mapping[str, int], axis: str
 ) -> None:

@@ -132,6 +132,8 @@ def test_an_equal_volume_is_that_of_what_may_move(exclude):
   [
     ("*/scale", r"`exclude` is a tuple of patterns .* got '\*/scale'"),
     ((1,), "`exclude` is a tuple of patterns"),
+    (None, "`exclude` is a tuple of patterns"),
+    ((x for x in ("*",)), "`exclude` is a tuple of patterns"),
   ],
 )
 def test_what_is_no_pattern_is_refused_at_once(exclude, message):

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from distrain_jax.method import Variables
 from distrain_jax.models import weights
 from distrain_jax.soups import runs
+from distrain_jax.train import export
 
 equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -30,6 +31,25 @@ def test_a_population_gives_all_its_members(method, saved):
   kernels = [m["dense_0"]["kernel"] for m in members]
   assert not np.array_equal(kernels[0], kernels[1])
   assert all(len(x.devices()) == 1 for x in kernels)
+
+
+def test_whoever_left_since_an_older_checkpoint_has_them_all(saved, tmp_path):
+  """A run that goes on has its config written over the folder's."""
+  mesh = ConfigDict({"population": -1})
+  folder, run, state = saved(
+    **{"method.name": "wash", "mesh": mesh, "population.per_device": 2}
+  )
+  file = folder / "config.json"
+  c = json.loads(file.read_text())
+  c["method"] |= {"leave": [2], "learning_rates": [1.0, 1.0, 1.0, 1.0, 0.5]}
+  c["population"]["smoothing"] = [0.0, 0.0, 0.0, 0.0, 0.1]
+  file.write_text(json.dumps(c))
+  members = runs.members_of(folder)
+  for i, member in enumerate(members):
+    equal(member, jax.tree.map(lambda x, i=i: x[i], state.inner.params))
+  found = export.export(folder, tmp_path / "x.safetensors")
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+  jax.tree.map(near, found.params, run.params(state))
 
 
 def test_members_come_with_their_own_statistics(saved, one_block):

@@ -1,12 +1,15 @@
 """PAPA in the trainer: when members average, and how it is mended."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from distrain_jax import data, models, train
+from distrain_jax import data, gradients, models, train
+from distrain_jax.data import mixing
 from distrain_jax.models import zoo
+from distrain_jax.population import members
 from distrain_jax.train import averaging
 
 N = 4
@@ -127,14 +130,57 @@ def test_five_epochs_of_a_member_unless_told_otherwise(config):
     r"config.steps=4 ends before. .*every=1, or --config.steps=2000",
   ):
     train.build(config(**unset), DEVICES)
-  info = data.describe(c.data).info
-  with pytest.raises(
-    ValueError, match="'digits' is not there to count its rows"
-  ):
-    train.program(c, info._replace(count=0), DEVICES)
+  # Who only reads the run, or compiles it, has no data to count.
+  assert not data.describe(c.data).info.count
+  train.program(config(**unset), data.describe(c.data).info, DEVICES)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_measured_is_mixed_as_it_was_in_the_gradient(
+  accumulate, config, monkeypatch
+):
+  monkeypatch.setattr(
+    "distrain_jax.soups.repairer", lambda *_, inputs: lambda *args: args[2]
+  )
+  settings = [mixing.Mixing(mixup=1.0), mixing.Mixing(cutmix=1.0)]
+  of = settings, 10, "population"
+  c = config(**{"method.accumulate": accumulate})
+  example = {"image": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)}
+  model = models.create("mlp")
+  options = averaging.options(c, model, example, ROWS, 2, mixing.mixer(*of))
+  slope = lambda w, batch, key: ((w * batch["image"]).sum(), {})  # the images
+  gradient = gradients.gradient_fn(mixing.mixing_loss(slope, *of), accumulate)
+
+  def member(batch, key):
+    found = options["repair"](0, 0, members.Rows(batch, key), 0, 0)
+    found = found.batch["image"].reshape(accumulate, -1, 8, 8, 1)
+    return found.mean(0), gradient(found[0], (), batch, key).grads
+
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(2, 4, 8, 8, 1)).astype(np.float32),
+    "label": rng.integers(0, 10, (2, 4)),
+  }
+  keys = jax.random.split(jax.random.key(1), 2)
+  found, wanted = jax.vmap(member, axis_name="population")(batch, keys)
+  np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+  assert (
+    np.abs(
+      found - batch["image"].reshape(2, accumulate, -1, 8, 8, 1).mean(1)
+    ).max()
+    > 0.1
+  )
 
 
 REFUSED = {
+  "epochs without a number": (
+    {"method.every": None, "method.epoch_steps": 37},
+    "config.method.epoch_steps=37 starts the count",
+  ),
+  "the end of averages": (
+    {"method.every": None, "method.stop_after": 50, "steps": 5000},
+    r"config.method.stop_after=50 ends before.* --config.method.stop_after=2000",
+  ),
   "another method": (
     {"method.name": "wash", "method.variant": None, "method.every": None},
     r"repair=True corrects averages .* those of config.method.name='wash' do ",

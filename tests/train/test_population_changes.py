@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import distrain_jax as dj
 from distrain_jax import runners, train
-from distrain_jax.train import members
+from distrain_jax.train import members, other_workers
 
 KEY = jax.random.key(0)
 ROWS = 250  # of a leaf: 16 KB, beside which all small ones are nothing
@@ -85,6 +85,13 @@ def test_a_device_reads_about_as_many_members_as_it_will_have(
     assert {s.data.shape[0] for s in y.addressable_shards} == {1}
 
 
+def test_an_older_checkpoint_says_nothing_of_numbers_but_is_read(mesh):
+  saved = {"workers": 4}
+  assert other_workers.same_workers(run_of(4, mesh), saved)
+  assert not other_workers.same_workers(run_of(4, mesh, (2,)), saved)
+  assert not other_workers.same_workers(run_of(3, mesh), saved)
+
+
 def test_what_divides_a_member_divides_its_old_state_too(mesh, tmp_path):
   old, new = run_of(4, mesh), run_of(2, mesh, (0, 1), tensor=2)
   columns = NamedSharding(new.mesh, P("data", None, "tensor"))
@@ -153,7 +160,7 @@ def test_a_member_is_replaced_on_the_same_devices(config, tmp_path):
   before = jax.tree.map(np.asarray, before.inner)
   replaced = {"steps": 5, "method.leave": (2,), "checkpoint.every": 5, **still}
   x = train.build(config(**replaced), devices)
-  with train.Checkpoints(tmp_path / "checkpoints", reading=True) as saved:
+  with train.Checkpoints(tmp_path / "checkpoints") as saved:
     state = saved.restore(4, x.run, x.key, x.params(), x.batches()).inner
   assert state.number.tolist() == [0, 1, 3, 4]
   for old, new in zip(
@@ -193,7 +200,7 @@ def test_an_evaluation_spoiled_by_a_member_names_it(config, tmp_path):
   )
   with pytest.raises(
     train.BadStep,
-    match=r"Step 1: {'validation_loss': nan} .*Member 2 is worst; the 3 others"
+    match=r"Step 1: {'validation_loss': nan} .*Member 2 is not finite; the 3 others"
     r" .*leave='\(2,\)' --config.batch_size=9\.",
   ):
     train.train(x, tmp_path)
