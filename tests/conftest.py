@@ -13,9 +13,10 @@ from distrain_jax import spmd
 # Before a backend starts, which none of the above does.
 # Code that runs a few steps need not be fast, but compile fast. XLA's own
 # passes, which tests of compiled programs read, stay as they are.
-FLAGS = ["--xla_backend_optimization_level=0"]
+FLAGS = ["--xla_backend_optimization_level=1"]
 if jax.__version_info__ < (0, 11):  # XLA stops at a flag that it does not know
-  FLAGS += [
+  FLAGS = [
+    "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
   ]
