@@ -67,6 +67,8 @@ def same_workers(run: Run, saved: Any) -> bool:
 
 def lay(state: Any, like: Any) -> Any:
   """`adopt` knows the workers' axis only; params may lie on others as well."""
+  where = jax.tree.map(lambda x: x.sharding, like)
+  if jax.tree.map(lambda x: x.sharding, state) == where:
+    return state  # a second copy would double what a device holds
   with spmd.no_current_mesh():
-    where = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(lambda state: state, out_shardings=where)(state)
