@@ -6,6 +6,7 @@ are exchanged alike: parameters, and moments that follow them.
 Letters in shapes: N members, K chosen coordinates of each tree, c = K/N.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from distrain_jax.gradients import at_least_float32
-from distrain_jax.population import selection
+from distrain_jax.population import coordinates, selection
 
 Axes = str | tuple[str, str]
 # (values (K,), first (K/N,), key) -> what takes their place, (K,). Coordinate
 # gN + i belongs to part (first[g] + i) % N; the key is shared.
 Exchange = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-_INSIDE = "promise_in_bounds"  # indices are, so nothing need check
 
 
 def exchange_chosen(
@@ -40,14 +39,20 @@ def exchange_chosen(
     exchange: what becomes of the values; K is a multiple of N.
     axes: the members'.
   """
-  flat = [jax.tree.flatten(tree) for tree in trees]
-  shapes = [x.shape for x in flat[0][0]]
+  shapes = [x.shape for x in jax.tree.leaves(trees[0])]
   plan = selection.make_plan(shapes, rates, jax.lax.axis_size(axes))
   if not plan.count:
     return list(trees)
+  update = functools.partial(_exchange, plan, key, exchange)
+  return coordinates.in_place(update, list(trees))
+
+
+def _exchange(plan, key, exchange, trees, most) -> list[Any]:
+  """As `exchange_chosen`; `most` as of `coordinates.take`."""
+  flat = [jax.tree.flatten(tree) for tree in trees]
   choice_key, part_key, route_key = jax.random.split(key, 3)
   chosen = selection.choose(plan, choice_key)
-  taken = [_take(plan, chosen, leaves) for leaves, _ in flat]  # lists of (k,)
+  taken = [coordinates.take(plan, chosen, x, most) for x, _ in flat]  # (k,)s
   # Of a coordinate, not of a value: its moments belong to the same part.
   n = plan.members
   first = jax.random.randint(part_key, (plan.count // n,), 0, n)
@@ -57,7 +62,7 @@ def exchange_chosen(
   if chosen.moved is not None:
     given = _keep_some(plan, chosen.moved, taken, given)
   return [
-    treedef.unflatten(_put(plan, chosen, leaves, values))
+    treedef.unflatten(coordinates.put(plan, chosen, leaves, values, most))
     for (leaves, treedef), values in zip(flat, given)
   ]
 
@@ -178,57 +183,6 @@ def gather(x: jax.Array, axes: Axes) -> jax.Array:
   outer, inner = axes
   every = jax.lax.all_gather(jax.lax.all_gather(x, inner), outer)
   return every.reshape(-1, *x.shape)
-
-
-def _take(plan, chosen, leaves) -> list[jax.Array]:
-  """The chosen values, (k,) of each piece and last of the pool."""
-  out = []
-  for x, pieces, where in zip(leaves, plan.leaves, chosen.where):
-    for piece, at in zip(pieces, where):
-      out.append(x.at[_index(x, piece, at)].get(mode=_INSIDE))
-  if plan.pool:
-    pool = _side_by_side(plan, leaves)
-    out.append(pool.at[chosen.pool].get(mode=_INSIDE))
-  return out
-
-
-def _put(plan, chosen, leaves, values) -> list[jax.Array]:
-  """The leaves with values in the place of what was taken."""
-  rest, out = iter(values), list(leaves)
-  for i, (pieces, where) in enumerate(zip(plan.leaves, chosen.where)):
-    if not pieces:
-      continue
-    index = [_index(out[i], *pair) for pair in zip(pieces, where)]
-    index = tuple(map(jnp.concatenate, zip(*index)))
-    new = jnp.concatenate([next(rest) for _ in pieces])
-    out[i] = out[i].at[index].set(new, mode=_INSIDE, unique_indices=True)
-  if plan.pool:
-    pool = _side_by_side(plan, leaves)
-    pool = pool.at[chosen.pool].set(
-      next(rest), mode=_INSIDE, unique_indices=True
-    )
-    start = 0
-    for i in plan.pooled:
-      x = leaves[i]
-      part = pool[start : start + x.size]
-      out[i] = part.reshape(x.shape).astype(x.dtype)
-      start += x.size
-  return out
-
-
-def _index(x, piece, at) -> tuple[jax.Array, ...]:
-  """Indices on every axis: a flat view of a large array could be a copy."""
-  if piece.layer is None:
-    return jnp.unravel_index(at, x.shape)
-  first = jnp.full_like(at, piece.layer)
-  return (first, *jnp.unravel_index(at, x.shape[1:]))
-
-
-def _side_by_side(plan, leaves) -> jax.Array:
-  """The small leaves as one vector, in a dtype that holds all of them."""
-  small = [leaves[i].ravel() for i in plan.pooled]
-  dtype = jnp.result_type(*small)
-  return jnp.concatenate([x.astype(dtype) for x in small])
 
 
 def _by_dtype(taken, first, exchange) -> list[list[jax.Array]]:

@@ -1,0 +1,123 @@
+"""Chosen coordinates: taken out of leaves, and put back, in place.
+
+XLA for TPUs copies leaves here in two ways, which cost ResNet-50 70 % of its
+parameters, and other models more, at a step's peak. What takes and puts a few
+coordinates therefore goes by `in_place` there, which tells it how many of them
+one operation may have. Compiled programs are all that was seen of this.
+
+Letters in shapes: k chosen coordinates of a leaf, or of a layer of it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distrain_jax.population.selection import Chosen, Piece, Plan
+
+_INSIDE = "promise_in_bounds"  # indices are, so nothing need check
+# Of more indices into one leaf, XLA for TPUs lays it out as a row first; all
+# these rows live from when values are taken to when others are put.
+_AT_ONCE = 1000
+_PARTS = 32  # beyond as many, the row is the lesser evil
+
+# (trees, most coordinates of an operation or None) -> trees
+Update = Callable[[Any, int | None], Any]
+
+
+def in_place(update: Update, trees: Any) -> Any:
+  """`update(trees, None)`, so that donated trees are not held twice.
+
+  Args:
+    update: keeps structure, shapes and dtypes.
+  """
+  return jax.lax.platform_dependent(
+    trees,
+    tpu=functools.partial(_once, update),
+    default=lambda trees: update(trees, None),
+  )
+
+
+def _once(update: Update, trees: Any) -> Any:
+  """By a loop that runs once, since the state of a loop stays where it is.
+
+  Otherwise leaves are written to in fast memory, and what they were before is
+  kept beside the donated arrays that are to hold what comes out.
+  """
+  # The compiler would take away a loop whose end it knows.
+  end = jax.lax.optimization_barrier(jnp.ones((), jnp.int32))
+  start = jnp.zeros((), jnp.int32), trees
+  step = lambda state: (state[0] + 1, update(state[1], _AT_ONCE))
+  return jax.lax.while_loop(lambda state: state[0] < end, step, start)[1]
+
+
+def take(
+  plan: Plan, chosen: Chosen, leaves: list[jax.Array], most: int | None = None
+) -> list[jax.Array]:
+  """The chosen values, (k,) of each piece and last of the pool."""
+  out = []
+  for x, pieces, where in zip(leaves, plan.leaves, chosen.where):
+    for piece, at in zip(pieces, where):
+      parts = _parts(at, most)
+      got = [x.at[_index(x, piece, i)].get(mode=_INSIDE) for i in parts]
+      out.append(jnp.concatenate(got))
+  if plan.pool:
+    pool = _side_by_side(plan, leaves)
+    out.append(pool.at[chosen.pool].get(mode=_INSIDE))
+  return out
+
+
+def put(
+  plan: Plan,
+  chosen: Chosen,
+  leaves: list[jax.Array],
+  values: list[jax.Array],
+  most: int | None = None,
+) -> list[jax.Array]:
+  """The leaves with values in the place of what was taken."""
+  rest, out = iter(values), list(leaves)
+  for i, (pieces, where) in enumerate(zip(plan.leaves, chosen.where)):
+    if not pieces:
+      continue
+    index = [_index(out[i], *pair) for pair in zip(pieces, where)]
+    index = [_parts(jnp.concatenate(axis), most) for axis in zip(*index)]
+    new = jnp.concatenate([next(rest) for _ in pieces])
+    for at, some in zip(zip(*index), _parts(new, most)):
+      x = out[i].at[at]
+      out[i] = x.set(some, mode=_INSIDE, unique_indices=True)
+  if plan.pool:
+    pool = _side_by_side(plan, leaves)
+    pool = pool.at[chosen.pool].set(
+      next(rest), mode=_INSIDE, unique_indices=True
+    )
+    start = 0
+    for i in plan.pooled:
+      x = leaves[i]
+      part = pool[start : start + x.size]
+      out[i] = part.reshape(x.shape).astype(x.dtype)
+      start += x.size
+  return out
+
+
+def _parts(x: jax.Array, most: int | None) -> list[jax.Array]:
+  """(k,) in parts of at most so many; or whole, if those were too many."""
+  if most is None or x.size > most * _PARTS:
+    return [x]
+  return [x[i : i + most] for i in range(0, x.size, most)]
+
+
+def _index(x: jax.Array, piece: Piece, at: jax.Array) -> tuple[jax.Array, ...]:
+  """Indices on every axis: a flat view of a large array could be a copy."""
+  if piece.layer is None:
+    return jnp.unravel_index(at, x.shape)
+  first = jnp.full_like(at, piece.layer)
+  return (first, *jnp.unravel_index(at, x.shape[1:]))
+
+
+def _side_by_side(plan: Plan, leaves: list[jax.Array]) -> jax.Array:
+  """The small leaves as one vector, in a dtype that holds all of them."""
+  small = [leaves[i].ravel() for i in plan.pooled]
+  dtype = jnp.result_type(*small)
+  return jnp.concatenate([x.astype(dtype) for x in small])
