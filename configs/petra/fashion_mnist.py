@@ -8,8 +8,8 @@ optimizer (SGD, Nesterov's momentum 0.9, decay of matrices and kernels) and its
 learning rate of 0.1 for 256 images an update. The data as for
 configs/fashion_mnist.py.
 
-Not run to the end; `launch/reproduce.py petra` trains half an epoch of it, one seed:
-validation loss 0.606 with an update a micro-batch, 0.367 by back-propagation.
+Not run to the end; `launch/reproduce.py petra` trains half an epoch of it, three
+seeds: validation loss 0.663 with an update a micro-batch, 0.381 by back-propagation.
 """
 
 from ml_collections import ConfigDict

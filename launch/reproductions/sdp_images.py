@@ -1,4 +1,4 @@
-"""SDP and its baselines on images: equal updates.
+"""SDP and its baselines on images: equal updates, and equal FLOPs.
 
 Fashion-MNIST, a ResNet-18 of an eighth of the width; eight workers, 128 images
 an update. At block level the five residual blocks that keep the shape are held
@@ -15,7 +15,7 @@ FOLLOWS = ("steps", "evaluation.members")
 UNIT = "nats an image"
 CLAIM = ("block forward, 1/2", 0.0)
 STEPS = 200
-COVERAGES = {"1/2": 0.5, "1/4": 0.25}
+COVERAGES = {"3/4": 0.75, "1/2": 0.5, "1/4": 0.25}
 EQUAL = ", equal FLOPs"
 DDP = {"name": "ddp"}
 DROPPED = {  # as much as at a coverage of 1/2
@@ -42,7 +42,10 @@ ROWS = {
     for masking in ("forward", "backward")
     for c in COVERAGES
   },
-  f"block forward, 1/2{EQUAL}": sdp("block", "forward", "1/2"),
+  **{
+    f"{level} forward, 1/2{EQUAL}": sdp(level, "forward", "1/2")
+    for level in ("neuron", "block")
+  },
   **dict.fromkeys(DROPPED, DDP),
 }
 
