@@ -38,6 +38,7 @@ class PetraState(NamedTuple):
   model_state: Packed
   opt_state: Packed
   grads: Packed | tuple[()]  # summed since the last update; () for k = 1
+  moved: Packed | tuple[()]  # by the last update; () without prediction
   counted: jax.Array  # (), int32: gradients that this stage has seen
   norm: jax.Array  # (), float32: squared, of the last update's gradient
   flight: Flight
@@ -58,6 +59,7 @@ def petra(
   clip_norm: float | None = None,
   wire_dtype: DTypeLike | None = None,
   delay_exponent: float = 0.0,
+  predict: float = 0.0,
 ) -> Method:
   """PETRA around any network that is cut into stages.
 
@@ -100,6 +102,12 @@ def petra(
       d = 2 (J - 1 - s) / k updates lie between its passes. 0, as in the paper:
       by 1. A remedy of our own, after the first of PipeMare's (Yang et al.,
       2021, https://arxiv.org/abs/1910.05124), which fades out.
+    predict: p: a forward pass adds p times the stage's last update to the
+      parameters for every update that comes before the micro-batch is back,
+      which then meets about the parameters that it was predicted. 0, as in the
+      paper: nothing. The linear prediction from differences of weights of
+      Kosson et al., "Pipelined Backpropagation at Scale", 2021,
+      https://arxiv.org/abs/2003.11666. It keeps the last update.
 
   Returns:
     A `Method`. Metrics: loss and aux of the micro-batches that reached the
@@ -123,6 +131,11 @@ def petra(
       "petra: `delay_exponent` is from 0, for updates as they are, to 1, for "
       f"updates divided by their delay; got {delay_exponent!r}."
     )
+  if not 0 <= predict <= 1:
+    raise ValueError(
+      "petra: `predict` is from 0, for forward passes with the parameters as "
+      f"they are, to 1, for all updates that will come; got {predict!r}."
+    )
   scales = None
   if delay_exponent:
     delays = [plan.delay(s) / accumulate for s in range(plan.count)]
@@ -143,6 +156,7 @@ def petra(
       model_state=model_state,
       opt_state=opt_state,
       grads=() if k == 1 else plan.params.zeros(),
+      moved=plan.params.zeros() if predict else (),
       counted=zero,
       norm=jnp.zeros((), jnp.float32),
       flight=engine.nothing_in_flight(),
@@ -153,7 +167,13 @@ def petra(
     """One of every stage; batch is (inputs, targets) of a micro-batch."""
     number = jnp.where(valid, state.entered, -1)
     flight, back, passes = engine.tick(
-      state.params, state.model_state, state.flight, batch, number, key
+      state.params,
+      state.model_state,
+      state.flight,
+      batch,
+      number,
+      key,
+      ahead=ahead(state, number) if predict else None,
     )
     state = state._replace(
       entered=state.entered + valid,
@@ -162,6 +182,14 @@ def petra(
     )
     state = learn(state, back.grads, passes.backward >= 0)
     return state, (passes, back.loss, back.aux)
+
+  def ahead(state: PetraState, number):
+    """What the parameters should be when the forward pass's batch is back."""
+    entering = engine.passes(state.flight, number)[1].forward
+    # Gradients come in the order of their micro-batches, from number 0.
+    updates = jnp.maximum(entering, 0) // k - state.counted // k
+    add = lambda p, m: p + (predict * updates * m).astype(p.dtype)
+    return jax.tree.map(add, state.params, state.moved)
 
   def learn(state: PetraState, grads, arrived):
     """Takes a gradient in, and updates after every k of them."""
@@ -175,17 +203,20 @@ def petra(
       state.model_state,
       state.opt_state,
       () if k == 1 else grads,
+      state.moved,
       state.norm,
     )
 
     def update(learning, grads):
-      params, stats, opt_state, _, _ = learning
+      old, stats, opt_state, _, moved, _ = learning
       grads = jax.tree.map(lambda x: x / k, grads) if k > 1 else grads
       if replicas is not None:
         grads, stats = jax.lax.pmean((grads, stats), replicas)
-      params, opt_state, norm = optimizer.update(grads, params, opt_state)
+      params, opt_state, norm = optimizer.update(grads, old, opt_state)
       empty = () if k == 1 else plan.params.zeros()
-      return params, stats, opt_state, empty, norm
+      if predict:
+        moved = jax.tree.map(jnp.subtract, params, old)
+      return params, stats, opt_state, empty, moved, norm
 
     def keep(learning, grads):
       del grads
@@ -196,7 +227,7 @@ def petra(
       # XLA for CPU would otherwise let devices wait for each other crosswise.
       flight, grads = jax.lax.optimization_barrier((state.flight, grads))
       state = state._replace(flight=flight)
-    params, stats, opt_state, left, norm = jax.lax.cond(
+    params, stats, opt_state, left, moved, norm = jax.lax.cond(
       due, update, keep, learning, grads
     )
     return state._replace(
@@ -204,6 +235,7 @@ def petra(
       model_state=stats,
       opt_state=opt_state,
       grads=left,
+      moved=moved,
       norm=norm,
       counted=counted,
     )
@@ -245,6 +277,7 @@ def petra(
     model_state=each,
     opt_state=P(axis),
     grads=each,
+    moved=P(axis),
     counted=P(axis),
     norm=P(axis),
     flight=Flight(up=each, down=each, fifo=each, entered=P()),
@@ -257,7 +290,7 @@ def petra(
     step,
     lambda state: reading.model(state.params, state.model_state),
     specs,
-    layout=reading.layout(buffer),
+    layout=reading.layout(buffer, *["predicting"] * bool(predict)),
     replicas=replicas,
     rows=P() if replicas is None else P(replicas),
     drain=drain,

@@ -28,6 +28,7 @@ METHODS = {
   "back-propagation": {"name": "ddp"},
   "petra": {"name": "petra"},
   "petra, true inputs": {"name": "petra", "buffer": "input"},
+  "petra, predicting": {"name": "petra", "predict": 1.0},
 }
 ROWS = {
   f"{name}, k = {k}": {**METHODS[name], "accumulate": k}
@@ -35,6 +36,7 @@ ROWS = {
     ("back-propagation", (1, 4, 16)),
     ("petra", (1, 4, 16)),
     ("petra, true inputs", (1,)),
+    ("petra, predicting", (1, 4, 16)),
   )
   for k in ks
 }

@@ -32,6 +32,7 @@ OPTIMIZERS = {
   "sgd at 0.1": SGD | {"learning_rate": 0.1},
   "sgd at 0.01": SGD | {"learning_rate": 0.01},
 }
+PREDICTED = ("adamw at 0.008", "adamw at 0.002", "sgd at 0.4", "sgd at 0.1")
 BACK = {"name": "ddp"}
 PETRA = {"name": "petra"}
 ROWS = {
@@ -39,6 +40,7 @@ ROWS = {
   **{f"petra, {name}": PETRA for name in OPTIMIZERS},
   "petra, true inputs, adamw at 0.008": {**PETRA, "buffer": "input"},
   "petra, scaled by delay, adamw at 0.008": {**PETRA, "delay_exponent": 0.5},
+  **{f"petra, predicting, {x}": {**PETRA, "predict": 1.0} for x in PREDICTED},
 }
 
 

@@ -107,10 +107,20 @@ class Oracle:
   """
 
   def __init__(
-    self, blocks, params, state, tx, *, k=1, mode="none", key=None, frozen=()
+    self,
+    blocks,
+    params,
+    state,
+    tx,
+    *,
+    k=1,
+    mode="none",
+    key=None,
+    frozen=(),
+    predict=0.0,
   ):
     self.blocks, self.tx, self.k, self.mode = blocks, tx, k, mode
-    self.frozen = frozen
+    self.frozen, self.predict = frozen, predict
     self.J = len(blocks)
     self.key = jax.random.key(0) if key is None else key
     self.history = [[params.get(b.name, {})] for b in blocks]
@@ -123,11 +133,27 @@ class Oracle:
     self.losses = []
     self.reconstructed = [[] for _ in blocks]
 
+  def updates(self, j, tick):
+    """How many updates of stage j were made before a tick."""
+    # Gradient g is there at tick g + 2 (J - 1) - j, update u after k of them.
+    return max(0, tick - (2 * (self.J - 1) - j)) // self.k
+
   def at(self, j, tick):
     """Stage j's parameters at a tick: the updates of earlier ticks are in."""
-    # Gradient g is there at tick g + 2 (J - 1) - j, update u after k of them.
-    seen = max(0, tick - (2 * (self.J - 1) - j))
-    return self.history[j][seen // self.k]
+    return self.history[j][self.updates(j, tick)]
+
+  def forward_at(self, j, b):
+    """Those of batch b's forward pass: moved on as the last update did."""
+    now, then = (
+      self.updates(j, b + j),
+      self.updates(j, b + 2 * (self.J - 1) - j),
+    )
+    params = self.history[j][now]
+    if not self.predict or not now:
+      return params
+    factor = self.predict * (then - now)
+    before = self.history[j][now - 1]
+    return jax.tree.map(lambda p, q: p + factor * (p - q), params, before)
 
   def keys(self, b):
     key = jax.random.fold_in(self.key, b)
@@ -140,7 +166,7 @@ class Oracle:
   def one(self, b, x, y):
     J, keys, inputs, forward_params = self.J, self.keys(b), [], []
     for j in range(J - 1):
-      params = self.at(j, b + j)
+      params = self.forward_at(j, b)
       inputs.append(x)
       forward_params.append(params)
       x, _ = self.blocks[j].forward(params, self.state[j], x, keys[j])

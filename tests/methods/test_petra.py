@@ -59,6 +59,7 @@ def a_run(
   buffer="none",
   wire_dtype=None,
   delay_exponent=0.0,
+  predict=0.0,
   on_mesh=False,
   one_stage=False,
   drops=False,
@@ -69,6 +70,7 @@ def a_run(
     ("buffer", buffer),
     ("wire_dtype", wire_dtype),
     ("delay_exponent", delay_exponent),
+    ("predict", predict),
   )
   return _made(tx, options, on_mesh, one_stage, drops)
 

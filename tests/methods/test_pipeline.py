@@ -151,6 +151,7 @@ def test_what_only_one_has():
   refused("schedule.*1f1b, gpipe; got '2bw'", dj.pipeline, schedule="2bw")
   refused("buffer.*one of input, none, graph", dj.pipeline, buffer="params")
   refused("delay_exponent.*got 2", delay_exponent=2)
+  refused("predict.*to 1.*got 1.5", predict=1.5)
 
 
 def test_an_axis_of_another_size_is_refused():
