@@ -459,7 +459,8 @@ print(
 #   parameters stand still; `wire_dtype="bfloat16"` sends half the bytes and makes the
 #   estimates worse.
 # * **`buffer="input"`, `"params"`, ...** tell which approximation hurts: of the input,
-#   or of the parameters. **`delay_exponent`** makes early stages' updates smaller.
+#   or of the parameters. **`delay_exponent`** makes early stages' updates smaller;
+#   **`predict=1.0`** lets forward passes have the parameters that they will meet.
 # * **`dj.models.parts.blocks(model, measure)`** makes the blocks of `rev_mlp`,
 #   `rev_vit`, `rev_llama` and the RevNets.
 # * The trainer does it by itself: `python launch/train.py

@@ -91,6 +91,16 @@ def counting():
   return Method("test", "data", init, step, lambda s: s[1], P())
 
 
+def test_of_forms_by_platform_the_one_for_all_others_counts(mesh):
+  def step(s, b, k):
+    once = lambda x: jax.lax.psum(x, "data")
+    loop = lambda x: jax.lax.while_loop(lambda x: x[0] > 0, once, x)
+    s = jax.lax.platform_dependent(s, tpu=loop, default=once)
+    return s, {"loss": s[0]}
+
+  assert sent(made_of(step), mesh(N)) == {"psum": 2 * 4 * SIZE * 3 / 4}
+
+
 def test_the_branch_counts_that_the_state_leads_to(mesh):
   run, key = dj.distribute(counting(), mesh(N)), jax.random.key(0)
   batch, whole = np.ones((N, 1), np.float32), 2 * 4 * SIZE * 3 / 4
