@@ -36,7 +36,7 @@ ROWS = {
     ("back-propagation", (1, 4, 16)),
     ("petra", (1, 4, 16)),
     ("petra, true inputs", (1,)),
-    ("petra, predicting", (1, 4, 16)),
+    ("petra, predicting", (1, 4)),
   )
   for k in ks
 }
