@@ -90,6 +90,7 @@ def sharding(x):
 
 
 def here() -> SingleDeviceSharding:
+  """Where simulated runs lie: this process's first device."""
   return SingleDeviceSharding(jax.local_devices()[0])
 
 

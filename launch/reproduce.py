@@ -38,7 +38,7 @@ ROWS = flags.DEFINE_multi_string("row", None, "One of them; unset: all.")
 WORKERS = 8
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PROGRAMS = ("run", "evaluate", "evaluate_members")  # of an experiment
-LEGEND = 15  # rows that a legend has room for
+LEGEND = 16  # rows that a legend has room for
 AVERAGED = 100  # steps, of bytes sent
 SMOOTH = 0.05  # of a curve's length: how far the training loss is averaged
 

@@ -7,7 +7,7 @@ of the micro-batches in flight. Of an input of two streams it counts both only
 where a block changes the shape. There are no gradients, no optimizer and no
 activations inside a block in it.
 
-Our buffers are those in the state of `distrain_jax.petra`. One program runs on
+Our buffers are those in the state of `distrain_jax.petra` without prediction. One program runs on
 all devices, so each has room for what the largest stage holds; the rest of that
 is padding. What a pass needs while it runs is in neither.
 

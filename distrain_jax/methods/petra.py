@@ -107,7 +107,8 @@ def petra(
       which then meets about the parameters that it was predicted. 0, as in the
       paper: nothing. The linear prediction from differences of weights of
       Kosson et al., "Pipelined Backpropagation at Scale", 2021,
-      https://arxiv.org/abs/2003.11666. It keeps the last update.
+      https://arxiv.org/abs/2003.11666. It keeps the last update, and makes
+      the predicted parameters anew in every tick.
 
   Returns:
     A `Method`. Metrics: loss and aux of the micro-batches that reached the

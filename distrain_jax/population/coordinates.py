@@ -1,9 +1,10 @@
 """Chosen coordinates: taken out of leaves, and put back, in place.
 
-XLA for TPUs copies leaves here in two ways, which cost ResNet-50 70 % of its
-parameters, and other models more, at a step's peak. What takes and puts a few
-coordinates therefore goes by `in_place` there, which tells it how many of them
-one operation may have. Compiled programs are all that was seen of this.
+XLA for TPUs copies leaves here in two ways (see `_once`, and `_AT_ONCE`), which
+cost ResNet-50 70 % of its parameters, and other models more, at a step's peak.
+What takes and puts a few coordinates therefore goes by `in_place`, which tells
+it there how many of them one operation may have. Compiled programs are all that
+was seen of this.
 
 Letters in shapes: k chosen coordinates of a leaf, or of a layer of it.
 """
@@ -32,6 +33,7 @@ def in_place(update: Update, trees: Any) -> Any:
 
   Args:
     update: keeps structure, shapes and dtypes.
+    trees: arrays that the caller has no more use for.
   """
   return jax.lax.platform_dependent(
     trees,

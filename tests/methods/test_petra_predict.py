@@ -12,10 +12,10 @@ pytestmark = pytest.mark.core
 
 @pytest.mark.parametrize(
   ("k", "buffer", "predict"),
-  [(1, "none", 1.0), (3, "none", 0.5), (1, "input_params", 1.0)],
+  [(1, "none", 1.0), (3, "none", 0.5), (2, "graph", 1.0)],
 )
 def test_equals_the_oracle(k, buffer, predict):
-  count = 15
+  count = 18
   run, model, blocks = a_run(accumulate=k, buffer=buffer, predict=predict)
   x, y = nets.batches(count)
   state, _ = steps(run, run.init(KEY, model), x, y, k * nets.ROWS)

@@ -25,7 +25,9 @@ ADAMW = optax.adamw(
   mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
 )
 METHODS = {
-  "petra": functools.partial(dj.petra, clip_norm=0.3, delay_exponent=0.5),
+  "petra": functools.partial(
+    dj.petra, clip_norm=0.3, delay_exponent=0.5, predict=0.5
+  ),
   "petra_low": functools.partial(dj.petra, wire_dtype="bfloat16"),
   "pipeline": functools.partial(dj.pipeline, clip_norm=0.3),
 }

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +240,32 @@ def test_what_is_saved_does_not_see_the_steps_that_follow(run_of, tmp_path):
     fresh = Batches()
     assert_same(host(restore(tmp_path, run, step=step, batches=fresh)), copy)
     assert fresh.taken == 3 * step - 2
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_field_that_a_state_has_got_since_may_be_empty(tmp_path, guarded):
+  class Before(NamedTuple):
+    x: jax.Array
+
+  class Since(NamedTuple):
+    x: jax.Array
+    more: tuple[()]
+
+  def run_with(make):
+    init = lambda key, params: make(params["w"])
+    method = METHODS["ddp"]()._replace(init=init, specs=P())
+    return dj.simulate(dj.guard(method) if guarded else method, workers=2)
+
+  run, fresh = run_with(Before), run_with(lambda x: Since(x, ()))
+  state = run.init(KEY(), make_params())
+  save(tmp_path, run, state, Batches())
+  assert_same(
+    host(jax.tree.leaves(restore(tmp_path, fresh))),
+    host(jax.tree.leaves(state)),
+  )
+  other = run_with(lambda x: Since(x, x))
+  with pytest.raises(ValueError, match="more is missing there"):
+    restore(tmp_path, other)
 
 
 def test_random_keys_in_a_state_come_back(tmp_path):
