@@ -9,7 +9,8 @@ four of the eight workers, two or three by each, and left out by the others. The
 stem, the three blocks that change the shape and the classifier are shared by
 all.
 
-Not run to the end yet.
+Not run to the end; `launch/reproduce.py sdp_images` trains 200 steps of one half
+as wide: validation loss 0.470 at a coverage of 1/2, 0.434 by DDP.
 """
 
 from distrain_jax.train import import_config
