@@ -7,9 +7,10 @@ of the micro-batches in flight. Of an input of two streams it counts both only
 where a block changes the shape. There are no gradients, no optimizer and no
 activations inside a block in it.
 
-Our buffers are those in the state of `distrain_jax.petra` without prediction. One program runs on
-all devices, so each has room for what the largest stage holds; the rest of that
-is padding. What a pass needs while it runs is in neither.
+Our buffers are those in the state of `distrain_jax.petra` without prediction.
+One program runs on all devices, so each has room for what the largest stage
+holds; the rest of that is padding. What a pass needs while it runs is in
+neither.
 
 Letters: J stages, numbered from 0; tau(s) = 2 (J - 1 - s), the ticks between a
 micro-batch's two passes on stage s; k micro-batches accumulated.

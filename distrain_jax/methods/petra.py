@@ -11,6 +11,7 @@ which comes back with the gradient; another keeps its inputs.
 Letters: J stages, numbered from 0; k micro-batches accumulated.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -174,7 +175,7 @@ def petra(
       batch,
       number,
       key,
-      ahead=ahead(state, number) if predict else None,
+      ahead=functools.partial(ahead, state) if predict else None,
     )
     state = state._replace(
       entered=state.entered + valid,
@@ -185,10 +186,9 @@ def petra(
     return state, (passes, back.loss, back.aux)
 
   def ahead(state: PetraState, number):
-    """What the parameters should be when the forward pass's batch is back."""
-    entering = engine.passes(state.flight, number)[1].forward
+    """What the parameters should be when this micro-batch is back."""
     # Gradients come in the order of their micro-batches, from number 0.
-    updates = jnp.maximum(entering, 0) // k - state.counted // k
+    updates = jnp.maximum(number, 0) // k - state.counted // k
     add = lambda p, m: p + (predict * updates * m).astype(p.dtype)
     return jax.tree.map(add, state.params, state.moved)
 

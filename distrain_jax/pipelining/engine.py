@@ -266,7 +266,7 @@ class Engine(NamedTuple):
     number,
     key,
     most: int | None = None,
-    ahead: Packed | None = None,
+    ahead: Callable[[jax.Array], Packed] | None = None,
   ) -> tuple[Flight, Backward, Passes]:
     """One pass forward, and one back of an older micro-batch.
 
@@ -280,7 +280,8 @@ class Engine(NamedTuple):
       number: () int32, its number; -1: none enters.
       key: the run's.
       most: as for `fifo`.
-      ahead: the forward pass's parameters; None: params.
+      ahead: (the number of its micro-batch) -> the forward pass's parameters;
+        None: params.
 
     Returns:
       (flight, what came back, of which micro-batches). The second's model_state
@@ -288,11 +289,13 @@ class Engine(NamedTuple):
       graph is kept and there is no second one.
     """
     down = self.send_down(flight.down)
-    entered, passes = self.passes(flight, number)
+    entered = jnp.append(number, flight.entered[:-1])
+    last = self.plan.count - 1
+    passes = Passes(entered[self.stage()], entered[2 * last - self.stage()])
     queue, me = self.fifo(most), self.stage()
     fifo, entry = queue.pop(flight.fifo, passes.backward, me)
     sent, new_entry, stats = self.forward(
-      params if ahead is None else ahead,
+      params if ahead is None else ahead(passes.forward),
       model_state,
       batch,
       flight.up,
@@ -310,13 +313,6 @@ class Engine(NamedTuple):
     # where nothing is beside it.
     up, back = jax.lax.optimization_barrier((up, back))
     return Flight(up, back.down, fifo, entered), back, passes
-
-  def passes(self, flight: Flight, number) -> tuple[jax.Array, Passes]:
-    """(entered, of this stage) in the tick in which `number` enters."""
-    entered = jnp.append(number, flight.entered[:-1])
-    last = self.plan.count - 1
-    mine = Passes(entered[self.stage()], entered[2 * last - self.stage()])
-    return entered, mine
 
   def nothing_in_flight(self, most: int | None = None) -> Flight:
     """As before the first tick; `most` as for `fifo`."""
