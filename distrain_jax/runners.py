@@ -52,7 +52,12 @@ class Run(NamedTuple):
 
 
 def simulate(
-  method: Method, *, workers: int, replicas: int = 1, donate: bool = True
+  method: Method,
+  *,
+  workers: int,
+  replicas: int = 1,
+  donate: bool = True,
+  mesh: Mesh | None = None,
 ) -> Run:
   """All workers of a method on one device, by vmap over its axis.
 
@@ -61,10 +66,12 @@ def simulate(
     workers: how many.
     replicas: of each worker, for a method that has an axis of them.
     donate: whether `step` may reuse the memory of the state it is given.
+    mesh: of one device, with the method's axes, on which arrays lie as those of
+      `distribute` do, for who treats both alike; None: the first device.
 
   Raises:
-    ValueError: if workers or replicas are not at least 1, or the method has no
-      replicas.
+    ValueError: if workers or replicas are not at least 1, the method has no
+      replicas, or the mesh has several devices or lacks the method's axes.
   """
   for name, value in (("workers", workers), ("replicas", replicas)):
     if not is_whole(value, 1):
@@ -79,8 +86,24 @@ def simulate(
   axes, sizes = _axes(method), (workers, replicas)[: len(_axes(method))]
   if method.inner is not None:
     axes, sizes = (*axes, method.inner), (*sizes, 1)
+  if mesh is not None:
+    _check_axes(method, mesh)
+    if mesh.size > 1:
+      raise ValueError(
+        f"simulate: all workers are on one device, but `mesh` has {mesh.size}. "
+        "Pass a mesh of one, or use distribute."
+      )
+    mesh = spmd.auto_mesh(mesh)
   runner = spmd.vmap_runner(axes, sizes)
-  return _run(method, workers, None, runner, donate, replicas=replicas)
+  return _run(
+    method,
+    workers,
+    mesh,
+    runner,
+    donate,
+    replicas=replicas,
+    per_device=workers,
+  )
 
 
 def distribute(
@@ -115,13 +138,7 @@ def distribute(
     ValueError: if the mesh lacks the axis or one of `rows_over`, or the method
       cannot have several workers on a device.
   """
-  for option, axis in zip(("axis", "replicas"), _axes(method)):
-    if axis not in mesh.axis_names:
-      raise ValueError(
-        f"{method.name} works on the axis {axis!r}, but the mesh has "
-        f"{dict(mesh.shape)}. Name the mesh's axis so, or pass "
-        f"{option}={mesh.axis_names[0]!r} to {method.name}."
-      )
+  _check_axes(method, mesh)
   _check_per_device(method, per_device)
   _check_rows_over(method, mesh, rows_over)
   mesh = spmd.auto_mesh(mesh)
@@ -167,6 +184,16 @@ def simulated(run: Run, params: Any, workers: int) -> tuple[Run, Any]:
 def _axes(method) -> tuple[str, ...]:
   """Those of a mesh that a method's functions are manual over."""
   return tuple(a for a in (method.axis, method.replicas) if a is not None)
+
+
+def _check_axes(method, mesh) -> None:
+  for option, axis in zip(("axis", "replicas"), _axes(method)):
+    if axis not in mesh.axis_names:
+      raise ValueError(
+        f"{method.name} works on the axis {axis!r}, but the mesh has "
+        f"{dict(mesh.shape)}. Name the mesh's axis so, or pass "
+        f"{option}={mesh.axis_names[0]!r} to {method.name}."
+      )
 
 
 def _check_per_device(method, per_device) -> None:

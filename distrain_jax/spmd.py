@@ -104,26 +104,35 @@ def make_mesh(axes: Mapping[str, int], devices=None) -> Mesh:
     ValueError: if the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = dict(axes)
-  free = [name for name, size in sizes.items() if size == -1]
-  fixed = math.prod(size for size in sizes.values() if size != -1)
-  if len(free) == 1 and fixed > 0 and len(devices) % fixed == 0:
-    sizes[free[0]] = len(devices) // fixed
-  fits = math.prod(sizes.values()) == len(devices)
-  if not fits or min(sizes.values(), default=0) < 1:
-    kind = devices[0].platform if devices else "none given"
-    raise ValueError(
-      f"a mesh of {dict(axes)} needs {fixed} devices{' or a multiple' if free else ''}, but there "
-      f"are {len(devices)} ({kind}). Change the mesh, pass "
-      "fewer devices, or simulate more on a CPU (--devices=N, or "
-      "use_cpu_devices(N) before JAX starts)."
-    )
+  kind = devices[0].platform if devices else "none given"
+  sizes = mesh_sizes(axes, len(devices), kind)
   return jax.make_mesh(
     tuple(sizes.values()),
     tuple(sizes),
     axis_types=(AxisType.Auto,) * len(sizes),
     devices=devices,
   )
+
+
+def mesh_sizes(
+  axes: Mapping[str, int], count: int, kind: str = "devices"
+) -> dict[str, int]:
+  """The sizes of a mesh's axes; as `make_mesh`, of `count` devices of a kind."""
+  sizes = dict(axes)
+  free = [name for name, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) == 1 and fixed > 0 and count % fixed == 0:
+    sizes[free[0]] = count // fixed
+  fits = math.prod(sizes.values()) == count
+  if not fits or min(sizes.values(), default=0) < 1:
+    raise ValueError(
+      f"a mesh of {dict(axes)} needs {fixed} devices"
+      f"{' or a multiple' if free else ''}, but there are {count} ({kind}). "
+      "Change the mesh, pass fewer devices, or simulate more on a CPU "
+      "(--devices=N, or use_cpu_devices(N) before JAX starts), or on one "
+      "device, whichever it is (config.simulate=N)."
+    )
+  return sizes
 
 
 def worker_key(key: jax.Array, step: jax.Array, axis: str) -> jax.Array:

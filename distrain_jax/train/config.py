@@ -45,6 +45,10 @@ def default_config() -> ConfigDict:
   c.batch_size = 128  # global: divided among the workers
 
   c.mesh = ConfigDict({"data": -1})  # axis -> size; -1: the devices left
+  # So many devices, all simulated on one that is there, by vmap: a method's
+  # workers on the one GPU or TPU of a notebook. 0: the devices that there are.
+  # On a CPU --devices=N of launch/train.py is as good, and mostly faster.
+  c.simulate = 0
   # Logical axis name of the parameters -> mesh axis they are sharded over,
   # e.g. {"mlp": "tensor"}; that axis must not be the method's own.
   c.sharding = ConfigDict()

@@ -112,17 +112,12 @@ def program(
   Raises:
     ValueError: as `build`.
   """
-  mesh = _checked_mesh(c, devices)
+  mesh, shape = _checked_mesh(c, devices)
   axis = axis_of(c)
   model, task = _model_and_task(c, info, axis)
-  method = _method(c, model, task, info, mesh)
+  method = _method(c, model, task, info, shape)
   shardings = _shardings(c, model, task, info, mesh)
-  run = runners.distribute(
-    method,
-    mesh,
-    per_device=c.population.per_device,
-    rows_over=c.population.rows_over,
-  )
+  run = _run(c, method, mesh, shape)
   start = _init_fn(task)
   if populations.start_apart(c):
     start = populations.init(start, populations.numbers(c, run.workers))
@@ -135,6 +130,23 @@ def program(
 
   abstract = lambda: _abstract(c, info, start, run, shardings)
   return Program(task, run, params, abstract, model, shardings)
+
+
+def _run(
+  c: ConfigDict, method: Method, mesh: Mesh, shape: Mapping[str, int]
+) -> runners.Run:
+  if c.simulate:
+    replicas = 1 if method.replicas is None else shape[method.replicas]
+    workers = shape[method.axis]
+    return runners.simulate(
+      method, workers=workers, replicas=replicas, mesh=mesh
+    )
+  return runners.distribute(
+    method,
+    mesh,
+    per_device=c.population.per_device,
+    rows_over=c.population.rows_over,
+  )
 
 
 def _orders(c: ConfigDict, run: runners.Run) -> int | list[int]:
@@ -175,11 +187,19 @@ def _abstract(c, info, start, run, shardings):
   return run.abstract(key, params), batch, key
 
 
-def _checked_mesh(c, devices=None) -> Mesh:
+def _checked_mesh(c, devices=None) -> tuple[Mesh, dict[str, int]]:
+  """The mesh, and the sizes of its axes: of config.simulate those simulated."""
   validate.chosen_method_options(c)
-  mesh = spmd.make_mesh(c.mesh.to_dict(), devices)
-  validate.validate(c, mesh.shape, axis_of(c))
-  return mesh
+  axes = c.mesh.to_dict()
+  if c.simulate > 0:
+    shape = spmd.mesh_sizes(axes, c.simulate, "config.simulate")
+    devices = jax.devices() if devices is None else devices
+    mesh = spmd.make_mesh(dict.fromkeys(axes, 1), devices[:1])
+  else:
+    mesh = spmd.make_mesh(axes, devices)
+    shape = dict(mesh.shape)
+  validate.validate(c, shape, axis_of(c))
+  return mesh, shape
 
 
 def example(info: data.Info) -> dict[str, jax.ShapeDtypeStruct]:
@@ -225,10 +245,10 @@ def _model_and_task(c, info: data.Info, axis: str):
   return model, models.task(model, kind, example(info), **loss)
 
 
-def _method(c, model, task, info: data.Info, mesh: Mesh) -> Method:
+def _method(c, model, task, info: data.Info, shape) -> Method:
   factory, inputs = methods.FACTORIES[c.method.name], _inputs(info)
   if c.method.name in methods.PIPELINED:
-    cut, chosen = pipelined.partition(c, model, task, example(info), mesh)
+    cut, chosen = pipelined.partition(c, model, task, example(info), shape)
     trained, tx = cut.stages, pipelined.transforms(c, model, inputs, cut)
   else:
     trained, chosen = task.loss_fn, {}
@@ -236,7 +256,7 @@ def _method(c, model, task, info: data.Info, mesh: Mesh) -> Method:
       trained = stateful(trained, stats=c.stats)
     if populations.is_population(c):
       axis = axis_of(c)
-      who = populations.numbers(c, populations.size(c, mesh.shape, axis))
+      who = populations.numbers(c, populations.size(c, shape, axis))
       trained = populations.loss(c, trained, info.num_classes, axis, who)
       of_members = c, factory, model, example(info), info, axis, who
       chosen.update(populations.options(*of_members))

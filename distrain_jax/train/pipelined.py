@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distrain_jax import models, pipelining
@@ -24,7 +23,7 @@ def partition(
   model: nn.Module,
   task: models.Task,
   example: Mapping[str, Any],
-  mesh: Mesh,
+  mesh_shape: Mapping[str, int],
 ) -> tuple[pipelining.Partition, dict[str, Any]]:
   """The stages, and the options by which a method is told about them.
 
@@ -32,7 +31,8 @@ def partition(
     c: the config.
     model, task: of it.
     example: one row of its batches, as shapes.
-    mesh: with the axis `stage`, and `data` for pipelines side by side.
+    mesh_shape: size of the axis `stage`, and of `data` for pipelines side by
+      side.
 
   Raises:
     ValueError: for a model that is no sequence of parts, or has too few.
@@ -43,7 +43,7 @@ def partition(
       f"config.model.name={c.model.name!r} cannot be cut into any. Models that "
       f"can: {', '.join(models.parts.NAMES)}."
     )
-  rows = c.batch_size // (replicas(mesh.shape) * (c.method.accumulate or 1))
+  rows = c.batch_size // (replicas(mesh_shape) * (c.method.accumulate or 1))
   micro = {
     k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
     for k, x in example.items()
@@ -57,10 +57,10 @@ def partition(
   }
   blocks = models.parts.blocks(model, task.measure)
   try:
-    cut = pipelining.partition(blocks, mesh.shape["stage"], **told)
+    cut = pipelining.partition(blocks, mesh_shape["stage"], **told)
   except ValueError as e:
-    raise ValueError(f"config.mesh={dict(mesh.shape)}: {e}") from e
-  side_by_side = REPLICAS if REPLICAS in mesh.shape else None
+    raise ValueError(f"config.mesh={dict(mesh_shape)}: {e}") from e
+  side_by_side = REPLICAS if REPLICAS in mesh_shape else None
   return cut, told | {"replicas": side_by_side}
 
 

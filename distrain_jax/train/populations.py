@@ -85,7 +85,7 @@ def for_reading(c: ConfigDict) -> ConfigDict:
   Without what is of members by their numbers, or of steps to come.
   """
   c = c.copy_and_resolve_references()
-  c.population.per_device = 1
+  c.population.per_device, c.simulate = 1, 0
   if is_population(c):
     fresh = configs.default_config()
     c.method.leave = c.method.learning_rates = None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from distrain_jax import methods
@@ -24,6 +25,7 @@ AT_LEAST_ONE = (
 )
 AT_LEAST_ZERO = (
   "seed",
+  "simulate",
   "checkpoint.every",
   "checkpoint.keep_best",
   "evaluation.every",
@@ -111,6 +113,8 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
       f"config.method.name={c.method.name!r} works on. Name it in the config "
       f'file: config.mesh = ConfigDict({{"{axis}": -1}}).'
     )
+  if c.simulate:
+    _simulated(c, mesh_shape, axis)
   populations.check(c)
   mup.check(c)
   _batch(c, mesh_shape, axis)
@@ -122,6 +126,32 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
         f"config.sharding.{logical}={target!r} must name an axis of "
         f"config.mesh={dict(mesh_shape)} other than the method's, {axis!r}."
       )
+
+
+def _simulated(c, mesh_shape, axis):
+  """Refuses what one device cannot simulate."""
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"config.simulate={c.simulate} puts all workers on one device of one "
+      f"process, but there are {jax.process_count()} processes. Start one, or "
+      "set --config.simulate=0."
+    )
+  own = {axis}
+  if c.method.name in methods.PIPELINED:
+    own.add(pipelined.REPLICAS)
+  for name, size in mesh_shape.items():
+    if name not in own and size > 1:
+      raise ValueError(
+        f"config.simulate={c.simulate}: only the workers of "
+        f"config.method.name={c.method.name!r} can be simulated, on "
+        f"{' and '.join(sorted(own))}; config.mesh.{name}={size} divides "
+        "what one worker holds. Make it 1, or set --config.simulate=0."
+      )
+  if c.population.per_device != 1:
+    raise ValueError(
+      f"config.population.per_device={c.population.per_device}, but with "
+      f"config.simulate={c.simulate} all members share a device. Leave it at 1."
+    )
 
 
 def _batch(c, mesh_shape, axis):

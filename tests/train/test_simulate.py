@@ -1,0 +1,104 @@
+"""config.simulate: all workers on one device train as on as many devices."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from distrain_jax import methods, train
+
+N = 4
+FLOAT32 = {"method.wire_dtype": "float32"}  # not to round what differs by order
+# What a method's hardest settings need beside tiny.py's.
+SETTINGS = {
+  "acco": FLOAT32,
+  "dpu": FLOAT32,
+  "weight_prediction": FLOAT32,
+  "dart": {"population.same_init": True, "method.joint_steps": 2},
+  "sdp": {"method.coverage": 0.5},
+  "local_sgd": {"method.sync_every": 2},
+  "diloco": {"method.sync_every": 2},
+}
+STAGES = {
+  "mesh": ConfigDict({"stage": N, "data": 1}),
+  "model": ConfigDict(
+    {"name": "rev_mlp", "width": 8, "hidden": 8, "blocks": 2, "dropout": 0.2}
+  ),
+  "method.accumulate": 2,
+}
+# Random values of a member or stage are told apart by their places, and both
+# runners have those: the same bits are drawn. What is summed differs by order.
+CLOSE = {"rtol": 2e-4, "atol": 2e-6}
+
+
+def of(small, method, folder, **changes):
+  """(result, experiment) of a short run; on N devices, or as `changes` say."""
+  own = SETTINGS.get(method, {}) | {"method.name": method}
+  own = (STAGES if method in methods.PIPELINED else {}) | own
+  if method in methods.PIPELINED:
+    own["optimizer.name"] = "momentum"
+  if method in methods.POPULATIONS:
+    own["mesh"] = ConfigDict({"population": -1})
+  c = small(**own | changes)
+  built = train.build(c, jax.devices()[:N])
+  return train.train(built, folder), built
+
+
+@pytest.mark.parametrize("method", methods.FACTORIES)
+def test_every_method_trains_as_on_devices(method, small, tmp_path):
+  there, _ = of(small, method, tmp_path / "there")
+  here, built = of(small, method, tmp_path / "here", simulate=N)
+  assert built.run.workers == N and built.run.mesh.size == 1
+  devices = {x.sharding.device_set == {jax.devices()[0]} for x in leaves(here)}
+  assert devices == {True}
+  for x, y in zip(leaves(here), leaves(there), strict=True):
+    assert x.shape == y.shape and x.dtype == y.dtype
+    np.testing.assert_allclose(host(x), host(y), **CLOSE)
+  for name, value in there.metrics.items():
+    np.testing.assert_allclose(here.metrics[name], value, rtol=2e-3, atol=1e-5)
+
+
+def leaves(result):
+  return jax.tree.leaves(result.state)
+
+
+def host(x):
+  if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  return np.asarray(x, np.float64)
+
+
+def test_pipelines_side_by_side(small, tmp_path):
+  two = {"mesh": ConfigDict({"stage": 2, "data": 2})}
+  there, _ = of(small, "petra", tmp_path / "there", **two)
+  here, built = of(small, "petra", tmp_path / "here", simulate=N, **two)
+  assert built.run.workers == 2
+  for x, y in zip(leaves(here), leaves(there), strict=True):
+    np.testing.assert_allclose(host(x), host(y), **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["petra", "sdp", "wash"])
+def test_it_resumes_to_the_same_bits(method, small, tmp_path):
+  run = {"simulate": N, "steps": 6, "checkpoint.every": 3}
+  straight, _ = of(small, method, tmp_path, **run)
+  shutil.rmtree(tmp_path / "checkpoints" / "6")  # as if stopped after step 3
+  resumed, _ = of(small, method, tmp_path, **run)
+  for x, y in zip(leaves(resumed), leaves(straight), strict=True):
+    np.testing.assert_array_equal(host(x), host(y))
+
+
+def test_what_one_device_cannot_simulate_is_refused(small):
+  build = lambda **changes: train.build(small(simulate=N, **changes))
+  with pytest.raises(ValueError, match=r"mesh.tensor=2 divides what one"):
+    build(mesh=ConfigDict({"data": -1, "tensor": 2}))
+  with pytest.raises(ValueError, match=r"per_device=2, but with config.simul"):
+    build(
+      mesh=ConfigDict({"population": -1}),
+      **{"method.name": "wash", "population.per_device": 2},
+    )
+  with pytest.raises(ValueError, match=r"simulate=-1 must be at least 0"):
+    train.build(small(simulate=-1))
+  with pytest.raises(ValueError, match=r"there are 4 \(config.simulate\)"):
+    build(mesh=ConfigDict({"data": 8}))
