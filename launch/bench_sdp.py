@@ -1,7 +1,8 @@
-r"""Step time of one SDP worker on one CPU, by coverage, beside the dense step.
+r"""Step time of one SDP worker on one device, by coverage, beside the dense step.
 
   python launch/bench_sdp.py                              # three minutes
   python launch/bench_sdp.py --embed=512 --layers=16 --rounds=11
+  python launch/bench_sdp.py --accelerator --embed=768 --layers=16 --tokens=1024
 
 A worker's step is timed as it computes: gradient and update of its subnetwork's
 arrays, on its rows, without messages. The dense step, coverage 1, has the same
@@ -28,6 +29,9 @@ ROWS = flags.DEFINE_integer("rows", 8, "Sequences of a worker.", 1)
 TOKENS = flags.DEFINE_integer("tokens", 128, "Of a sequence.", 1)
 EMBED = flags.DEFINE_integer("embed", 256, "Channels of the stream.", 2)
 LAYERS = flags.DEFINE_integer("layers", 8, "Blocks; a multiple of 8.", 1)
+ACCELERATOR = flags.DEFINE_bool(
+  "accelerator", False, "On the GPU or TPU that is there, not on a CPU."
+)
 
 WORKERS = 8
 COVERAGES = ("3/4", "1/2", "1/4")
@@ -46,7 +50,8 @@ class Case(NamedTuple):
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  spmd.use_cpu_devices(1)
+  if not ACCELERATOR.value:
+    spmd.use_cpu_devices(1)
   import jax
 
   if LAYERS.value % WORKERS:
@@ -58,7 +63,7 @@ def main(argv) -> None:
   found = cases(model, task, batch)
   rows = measure(found, task, batch, ROUNDS.value, STEPS.value)
   print(
-    f"One worker of {WORKERS} on one {jax.default_backend()}: a Llama of "
+    f"One worker of {WORKERS} on one {jax.devices()[0].device_kind}: a Llama of "
     f"{LAYERS.value} layers of {EMBED.value}, {ROWS.value} x {TOKENS.value} "
     f"tokens; {ROUNDS.value} rounds of {STEPS.value} steps, jax "
     f"{jax.__version__}"

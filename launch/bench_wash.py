@@ -2,11 +2,14 @@ r"""A population's step beside independent training's, on simulated devices.
 
   python launch/bench_wash.py                             # some minutes
   python launch/bench_wash.py --width=0.25 --members=4 --rounds=15
+  python launch/bench_wash.py --accelerator --rows=128 --steps=10
 
 ResNet-18 on images of CIFAR-10's size (random ones), BatchNorm's statistics a
 member's own. Rounds take every method in turn, so that whatever else the
 machine does falls on all of them: compare the ratios, medians over the rounds,
-each of a step to the independent one of its round.
+each of a step to the independent one of its round. With --accelerator all
+members are on the GPU or TPU that is there, by vmap: what is compared is then the
+exchange without a network.
 """
 
 import statistics
@@ -26,6 +29,9 @@ ROWS = flags.DEFINE_integer("rows", 32, "Images of a member and step.", 1)
 WIDTH = flags.DEFINE_float("width", 1.0, "Times 64 channels.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "How often each is timed.", 1)
 STEPS = flags.DEFINE_integer("steps", 2, "Steps in a round, of each.", 1)
+ACCELERATOR = flags.DEFINE_bool(
+  "accelerator", False, "On the GPU or TPU that is there, not on CPUs."
+)
 
 INDEPENDENT = "independent"
 WARM_UP = 2  # steps that are not timed
@@ -54,7 +60,8 @@ class Case(NamedTuple):
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {argv[1:]}")
-  spmd.use_cpu_devices(MEMBERS.value)
+  if not ACCELERATOR.value:
+    spmd.use_cpu_devices(MEMBERS.value)
   import jax
 
   task, batch, depths = build()
@@ -98,7 +105,7 @@ def build():
 
 
 def start(task, depths, name: str, options: dict[str, Any]) -> Case:
-  """A method on one device a member, its members from different models."""
+  """A method that runs, its members from different models."""
   import jax
   import optax
 
@@ -111,20 +118,25 @@ def start(task, depths, name: str, options: dict[str, Any]) -> Case:
     loss, own = dj.stateful(loss, stats="local"), task.init
   tx = optax.sgd(0.01, momentum=0.9)
   method = getattr(dj, name)(loss, tx, **options)
-  run = dj.distribute(method, spmd.make_mesh({method.axis: -1}))
+  if ACCELERATOR.value:
+    run = dj.simulate(method, workers=MEMBERS.value)
+  else:
+    run = dj.distribute(method, spmd.make_mesh({method.axis: -1}))
   keys = jax.random.split(jax.random.key(0), MEMBERS.value)
   members = jax.vmap(own)(keys)
   return Case(run, run.init(jax.random.key(0), members, per_worker=True))
 
 
 def show(seconds: dict[str, list[float]]) -> None:
+  import jax
+
   rows = []
   for name, values in seconds.items():
     ratios = [a / b for a, b in zip(values, seconds[INDEPENDENT])]
     rows.append(
       (
         name,
-        f"{1e3 * statistics.median(values):,.0f}",
+        f"{1e3 * statistics.median(values):,.2f}",
         f"{statistics.median(ratios):.3f}",
         f"{min(ratios):.3f} to {max(ratios):.3f}",
       )
@@ -133,7 +145,8 @@ def show(seconds: dict[str, list[float]]) -> None:
   print(table.render(heads, rows, "lrrr"))
   print(
     f"\n{MODEL.value} of width {WIDTH.value:g}, {MEMBERS.value} members of "
-    f"{ROWS.value} images a step, {ROUNDS.value} rounds of {STEPS.value} steps."
+    f"{ROWS.value} images a step, {ROUNDS.value} rounds of {STEPS.value} steps; "
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}."
   )
 
 

@@ -126,12 +126,14 @@ def _lower_run(run, arguments, topology, compiler_options):
       "run.abstract(key, params) makes the state."
     )
   mesh = _mesh(run, topology)
-  here = runners.distribute(
-    run.method,
-    mesh,
-    donate=run.step.donate,
-    compiler_options=run.step.compiler_options | dict(compiler_options or {}),
-  )
+  here = run
+  if mesh is not run.mesh or compiler_options:
+    here = runners.distribute(
+      run.method,
+      mesh,
+      donate=run.step.donate,
+      compiler_options=run.step.compiler_options | dict(compiler_options or {}),
+    )
   axis = run.method.axis
   state, batch, key = jax.tree.map(_shape, arguments)
   one = shardings.without_worker_axes(arguments[0], run.method.specs)
