@@ -12,6 +12,7 @@ step to the dense one of its round. What is shared, the embedding and the output
 layer, does not shrink; `wanted` is the ratio of the matrix products' FLOPs.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def cases(model, task, batch) -> list[Case]:
   from distrain_jax.methods.sdp import alone
 
   inputs = batch["tokens"]
-  whole = task.init(jax.random.key(0))
+  whole = jax.jit(task.init)(jax.random.key(0))
   found = [Case(DENSE, Fraction(1), whole.params)]
   for level in ("neuron", "block"):
     for coverage in map(Fraction, COVERAGES):
@@ -112,7 +113,8 @@ def cases(model, task, batch) -> list[Case]:
         level=level,
         coverage=float(coverage),
       )
-      own = nets.own(whole._replace(model_state=()), 0, 0)
+      whole = whole._replace(model_state=())
+      own = jax.jit(functools.partial(nets.own, me=0, worker=0))(whole)
       found.append(Case(level, coverage, own.params))
   return found
 

@@ -123,7 +123,7 @@ def start(task, depths, name: str, options: dict[str, Any]) -> Case:
   else:
     run = dj.distribute(method, spmd.make_mesh({method.axis: -1}))
   keys = jax.random.split(jax.random.key(0), MEMBERS.value)
-  members = jax.vmap(own)(keys)
+  members = jax.jit(jax.vmap(own))(keys)
   return Case(run, run.init(jax.random.key(0), members, per_worker=True))
 
 

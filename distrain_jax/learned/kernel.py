@@ -118,7 +118,7 @@ def direction(
   exp_mult: float,
   feature_eps: float,
   precision: str,
-  tile: int = tiles.TILE,
+  tile: int | None = None,
   interpret: str | None = None,
 ) -> jax.Array:
   """As `tiles.direction`, by a kernel where the parameter `fits` it.
@@ -132,7 +132,7 @@ def direction(
     exp_mult: of the network's second output.
     feature_eps: under the root that normalises features.
     precision: of the products on a TPU; on a GPU they are float32's own.
-    tile: elements at once where features are measured.
+    tile: elements at once where features are measured; None: as there.
     interpret: "tpu" or "cuda": that platform's kernel as plain JAX, on any
       backend. None: the kernel of the platform that is compiled for.
   """
@@ -147,7 +147,8 @@ def direction(
   def fused(network):
     def run(theta, grad, param, moments, count):
       x = tiles.inputs(grad, param, moments)
-      sizes = tiles.mean_squares(tiles.cut_up(x, tile), grad.size)
+      parts = tiles.cut_up(x, tile or tiles.TILE)
+      sizes = tiles.mean_squares(parts, grad.size)
       net = tiles.fold(theta, count, sizes, x.sides, feature_eps)
       return network(net, x, exp_mult, interpret=interpret is not None)
 

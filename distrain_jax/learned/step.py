@@ -38,7 +38,7 @@ class Rule(NamedTuple):
   accumulator_dtype: Any = None
   implementation: str = "tiled"
   precision: str = "highest"
-  tile: int = tiles.TILE
+  tile: int | None = None  # see `tiles.sized`
   update_norm: str | None = None
   eps_scaling: str | None = None  # or fan_in: see `seen`
 

@@ -21,8 +21,9 @@ from distrain_jax.learned.moments import Moments, Sides, sides
 from distrain_jax.learned.rule import time_features
 from distrain_jax.learned.theta import Theta
 
-# Elements of a tile. Some hundred kB of hidden units, which a cache holds.
-TILE = 4096
+# Elements of a tile. On a CPU some hundred kB of hidden units, which a cache
+# holds; an accelerator is idle between tiles unless each is some work for it.
+CPU_TILE, TILE = 4096, 2**20
 # Rows of theta's first kernel, by what they read.
 ELEMENT = (*range(13), 25, 26, 27)
 ROW = (13, 14, 15, 19, 20, 21)
@@ -260,6 +261,19 @@ def over_tiles(
   return jnp.concatenate([out, go(parts.rest)], cut.axis)
 
 
+def sized(
+  go: Callable[[int], Callable], tile: int | None, size: int, *args: Any
+) -> jax.Array:
+  """`go(tile)(*args)` of a parameter of `size` elements.
+
+  A tile of None is `CPU_TILE` where the program is compiled for a CPU, `TILE`
+  elsewhere.
+  """
+  if tile is None and size > CPU_TILE:
+    return jax.lax.platform_dependent(*args, cpu=go(CPU_TILE), default=go(TILE))
+  return go(tile or TILE)(*args)
+
+
 def direction(
   theta: Theta,
   grad: jax.Array,
@@ -270,12 +284,19 @@ def direction(
   exp_mult: float,
   feature_eps: float,
   precision: str,
-  tile: int = TILE,
+  tile: int | None = None,
 ) -> jax.Array:
-  """As `rule.direction`, over tiles of about `tile` elements."""
-  whole = inputs(grad, param, moments)
-  parts = cut_up(whole, tile)
-  sizes = mean_squares(parts, grad.size)
-  net = fold(theta, count, sizes, whole.sides, feature_eps)
-  go = lambda x: network(net, x, exp_mult, precision)
-  return over_tiles(parts, grad.shape, go)
+  """As `rule.direction`, over tiles of about `tile` elements; see `sized`."""
+
+  def by(tile):
+    def run(theta, grad, param, moments, count):
+      whole = inputs(grad, param, moments)
+      parts = cut_up(whole, tile)
+      sizes = mean_squares(parts, grad.size)
+      net = fold(theta, count, sizes, whole.sides, feature_eps)
+      go = lambda x: network(net, x, exp_mult, precision)
+      return over_tiles(parts, grad.shape, go)
+
+    return run
+
+  return sized(by, tile, grad.size, theta, grad, param, moments, count)

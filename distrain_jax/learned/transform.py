@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from distrain_jax.learned import matching, storage, tiles
+from distrain_jax.learned import matching, storage
 from distrain_jax.learned.step import STEP_MULT, Rule, mulo_init, mulo_step
 from distrain_jax.learned.theta import Theta, check_theta
 
@@ -66,7 +66,7 @@ def scale_by_mulo(
   stacked: Any = None,
   implementation: str = "tiled",
   precision: str = "highest",
-  tile: int = tiles.TILE,
+  tile: int | None = None,
   update_norm: str | None = None,
   eps_scaling: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -181,7 +181,7 @@ def mulo(
       "pallas", the same to rounding (tiled: far less memory and time; pallas:
       tiled, with a kernel for matrices where it is compiled for a TPU, or for
       a GPU from Hopper on); precision of the matrix products ("highest"); tile,
-      elements computed at once (4096 on a CPU; accelerators want 2**20 or so);
+      elements computed at once (None: 4096 on a CPU, 2**20 on accelerators);
       update_norm, "rms"
       for a step that is divided by its own root mean square, layer by layer, so
       that step_mult is its size (None: it is not; for weights that were

@@ -117,7 +117,8 @@ def default_config() -> ConfigDict:
   # Of mulo: a file that launch/meta_train.py wrote; "": the shipped weights.
   c.optimizer.theta = ""
   c.optimizer.implementation = "tiled"  # of mulo; see learned.mulo
-  c.optimizer.tile = 4096  # of mulo, elements at once; 2**20 on accelerators
+  # Of mulo, elements at once; None: 4096 on a CPU, 2**20 on accelerators.
+  c.optimizer.tile = config_dict.placeholder(int)
   c.optimizer.weight_decay = 0.0  # on matrices and kernels, not on vectors
 
   c.evaluation = ConfigDict()

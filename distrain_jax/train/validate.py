@@ -188,7 +188,7 @@ def _choice(field, value, known):
 
 
 def _at_least(field, value, low):
-  if value < low:
+  if value is not None and value < low:
     raise ValueError(f"config.{field}={value!r} must be at least {low}.")
 
 

@@ -126,7 +126,7 @@ def test_a_file_decides_theta_and_how_it_was_made(config, tmp_path):
     "exp_mult": 0.001,
     "update_norm": "rms",
     "implementation": "tiled",
-    "tile": 4096,
+    "tile": None,
   }
   params, names, info = told(c)
   optimizers.build(c.optimizer, 10, names, info).init(params)
@@ -190,8 +190,9 @@ def test_stages_of_one_kind_share_what_their_blocks_are_told(tiny):
   model = models.create("rev_mlp", width=8, hidden=8, blocks=2, classes=10)
   inputs = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
   task = models.task(model, "classification", experiment.example(info))
-  mesh = run.mesh
-  cut, _ = pipelined.partition(c, model, task, experiment.example(info), mesh)
+  cut, _ = pipelined.partition(
+    c, model, task, experiment.example(info), {"stage": 4}
+  )
   tx = pipelined.transforms(c, model, inputs, cut)
   assert tx["block_0"] is tx["block_1"]
   assert tx["stem"] is not tx["head"]

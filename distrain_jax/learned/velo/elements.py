@@ -112,7 +112,7 @@ def direction(
   exp_mult: float,
   feature_eps: float,
   precision: str,
-  tile: int,
+  tile: int | None = None,
 ) -> jax.Array:
   """d exp(exp_mult mag), the step before its scale and sign, (*s), float32.
 
@@ -124,11 +124,18 @@ def direction(
     exp_mult: of the network's second output.
     feature_eps: under the root of the normaliser.
     precision: of the matrix products.
-    tile: elements computed at once, about.
+    tile: elements computed at once, about; see `tiles.sized`.
   """
-  whole = inputs(grad, param, moments)
-  parts = tiles.cut_up(whole, tile)
-  sizes = tiles.mean_squares(parts, grad.size, element_features)
-  net = _fold(mixture, sizes, whole.sides, feature_eps)
-  go = lambda x: _network(net, x, exp_mult, precision)
-  return tiles.over_tiles(parts, grad.shape, go)
+
+  def by(tile):
+    def run(mixture, grad, param, moments):
+      whole = inputs(grad, param, moments)
+      parts = tiles.cut_up(whole, tile)
+      sizes = tiles.mean_squares(parts, grad.size, element_features)
+      net = _fold(mixture, sizes, whole.sides, feature_eps)
+      go = lambda x: _network(net, x, exp_mult, precision)
+      return tiles.over_tiles(parts, grad.shape, go)
+
+    return run
+
+  return tiles.sized(by, tile, grad.size, mixture, grad, param, moments)

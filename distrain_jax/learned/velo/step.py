@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distrain_jax.learned import matching, tiles
+from distrain_jax.learned import matching
 from distrain_jax.learned.moments import Moments, init_moments, next_moments
 from distrain_jax.learned.theta import FACTORED, MOMENTUM, SECOND, Theta
 from distrain_jax.learned.velo import elements, hyper
@@ -56,7 +56,7 @@ class VeloRule(NamedTuple):
   nan_to_num: bool = True
   accumulator_dtype: Any = None
   precision: str = "highest"
-  tile: int = tiles.TILE
+  tile: int | None = None  # see `tiles.sized`
 
 
 DEFAULT = VeloRule()

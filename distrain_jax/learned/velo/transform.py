@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from distrain_jax.learned import matching, tiles
+from distrain_jax.learned import matching
 from distrain_jax.learned.theta import Theta
 from distrain_jax.learned.velo.step import VeloRule, velo_init, velo_step
 from distrain_jax.learned.velo.theta import check_velo_theta
@@ -71,7 +71,7 @@ def scale_by_velo(
   accumulator_dtype: Any = None,
   stacked: Any = None,
   precision: str = "highest",
-  tile: int = tiles.TILE,
+  tile: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """VeLO's rule without sign, learning rate and weight decay.
 
@@ -194,8 +194,8 @@ def velo(
       accumulator_dtype of the averages (None: float32); stacked, leading axes
       of each parameter that hold layers, each of which is a tensor of its own
       (a number or a tree; None: what mup says, or 0); precision of the matrix
-      products ("highest"); tile, elements computed at once (4096 on a CPU;
-      accelerators want 2**20 or so).
+      products ("highest"); tile, elements computed at once (None: 4096 on a
+      CPU, 2**20 on accelerators).
 
   Returns:
     A transform: `update(grads, state, params, value=loss)` gives what to add to
