@@ -301,8 +301,9 @@ def _run(
     sharding = NamedSharding(mesh, rows)
     if rows != same:
       local = spmd.local_workers(mesh, rows[0])
-      local *= per_device if rows == each else 1
-      jax.eval_shape(lambda b: spmd.split_rows(b, local), batch)
+      spmd.check_rows(batch, local * (per_device if rows == each else 1))
+    if not spmd.spans_processes(mesh):  # all leaves at once
+      return jax.device_put(batch, sharding)
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, x), batch)
 

@@ -261,19 +261,27 @@ def split_rows(batch: Any, workers: int) -> Any:
   """(rows, ...) -> (workers, rows/workers, ...) on every leaf.
 
   Raises:
+    ValueError: as `check_rows`.
+  """
+  check_rows(batch, workers)
+  split = lambda x: jnp.reshape(x, (workers, -1, *x.shape[1:]))
+  return jax.tree.map(split, batch)
+
+
+def check_rows(batch: Any, workers: int) -> None:
+  """Refuses a batch that the workers cannot share evenly; traces nothing.
+
+  Raises:
     ValueError: if some leaf's rows are not a multiple of the workers.
   """
-
-  def one(path, x):
-    if jnp.ndim(x) and x.shape[0] and x.shape[0] % workers == 0:
-      return jnp.reshape(x, (workers, x.shape[0] // workers, *x.shape[1:]))
-    raise ValueError(
-      f"batch{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}: its first "
-      f"axis is the global batch, which must be a multiple of the {workers} "
-      "workers."
-    )
-
-  return jax.tree_util.tree_map_with_path(one, batch)
+  for path, x in jax.tree_util.tree_leaves_with_path(batch):
+    shape = np.shape(x)
+    if not shape or not shape[0] or shape[0] % workers:
+      raise ValueError(
+        f"batch{jax.tree_util.keystr(path)} has shape {shape}: its first "
+        f"axis is the global batch, which must be a multiple of the {workers} "
+        "workers."
+      )
 
 
 def to_global(tree: Any, mesh: Mesh, spec: P) -> Any:

@@ -148,9 +148,9 @@ def read(c: ConfigDict) -> Problem:
     c.data, vocab=c.model.get("vocab"), classes=c.model.get("classes")
   ).info
   made, example = experiment.program(c, info), experiment.example(info)
-  mesh = built.run.mesh
-  cut, told = pipelined.partition(c, made.model, made.task, example, mesh)
-  pieces = (c.method.accumulate or 1) * pipelined.replicas(mesh.shape)
+  shape = built.run.mesh.shape
+  cut, told = pipelined.partition(c, made.model, made.task, example, shape)
+  pieces = (c.method.accumulate or 1) * pipelined.replicas(shape)
   return Problem(c, built, info, made.model, cut, told["inputs"], pieces)
 
 

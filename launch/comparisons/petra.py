@@ -137,7 +137,7 @@ def build(c: ConfigDict, info: Any, devices: Any) -> Compiled:
     program.model,
     program.task,
     experiment.example(info),
-    program.run.mesh,
+    program.run.mesh.shape,
   )
   told = {name: told[name] for name in ("shapes", "example", "inputs")}
   mode = plans.BUFFERS[c.method.get("buffer") or "none"]
