@@ -398,3 +398,19 @@ def test_an_adopted_state_keeps_its_sharding_over_other_axes(method):
   assert jax.tree.all(jax.tree.map(same, adopted, state))
   run.step(adopted, make_batch(), KEY)  # donates what is adopted's alone
   assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def test_simulated_on_a_mesh_its_arrays_lie_there_and_are_those_of_devices():
+  on = lambda devices: spmd.make_mesh({"data": -1}, devices)
+  method = dj.zero1(loss_fn, TX)
+  here = dj.simulate(method, workers=4, mesh=on(jax.devices()[3:4]))
+  there = dj.distribute(method, on(jax.devices()[:4]))
+  (state, _), (wanted, _) = (train(run, make_params()) for run in (here, there))
+  assert_near(state, wanted)
+  for x, y in zip(*map(jax.tree.leaves, (state, wanted))):
+    assert x.sharding.device_set == {jax.devices()[3]} and x.shape == y.shape
+  with pytest.raises(ValueError, match=r"on one device, but `mesh` has 2"):
+    dj.simulate(method, workers=4, mesh=on(jax.devices()[:2]))
+  with pytest.raises(ValueError, match=r"works on the axis 'data', but"):
+    one = spmd.make_mesh({"rows": 1}, jax.devices()[:1])
+    dj.simulate(method, workers=4, mesh=one)

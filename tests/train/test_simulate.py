@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from distrain_jax import methods, train
+from distrain_jax import data, inspect, methods, train
+from distrain_jax.train import experiment
 
 N = 4
 FLOAT32 = {"method.wire_dtype": "float32"}  # not to round what differs by order
@@ -87,6 +88,26 @@ def test_it_resumes_to_the_same_bits(method, small, tmp_path):
   resumed, _ = of(small, method, tmp_path, **run)
   for x, y in zip(leaves(resumed), leaves(straight), strict=True):
     np.testing.assert_array_equal(host(x), host(y))
+
+
+@pytest.mark.parametrize("first", [0, N])
+def test_a_checkpoint_goes_on_simulated_and_back(first, small, tmp_path):
+  """What was saved with `first` goes on with the other, as if with one."""
+  short, long = ({"steps": n, "optimizer.schedule": "constant"} for n in (3, 6))
+  of(small, "zero1", tmp_path, simulate=first, **short)
+  moved, _ = of(small, "zero1", tmp_path, simulate=N - first, **long)
+  stayed, _ = of(small, "zero1", tmp_path / "one", simulate=N, **long)
+  for x, y in zip(leaves(moved), leaves(stayed), strict=True):
+    np.testing.assert_allclose(host(x), host(y), **CLOSE)
+
+
+def test_its_report_is_of_all_workers_on_the_device(small):
+  c = small(simulate=N, **{"method.name": "local_sgd", "method.sync_every": 2})
+  program = experiment.program(c, data.describe("digits").info)
+  report = inspect.compile(program.run, *program.abstract())
+  assert report.devices == 1 and not report.step.communication
+  params = sum(x.size * 4 for x in jax.tree.leaves(program.params()))
+  assert report.memory.state["params"] == N * params
 
 
 def test_what_one_device_cannot_simulate_is_refused(small):
