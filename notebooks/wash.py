@@ -147,7 +147,7 @@ METHODS = {
   "wash": dj.wash(
     task.loss_fn, tx, rate=RATE, depths=depths, stop_after=STEPS - 200
   ),
-  "papa": dj.papa(task.loss_fn, tx, alpha=0.95, schedule=relative),
+  "papa": dj.papa(task.loss_fn, tx, alpha=0.95, relative_rate=relative),
 }
 SHUFFLES = RATE * (STEPS - 200)
 print(f"WASH: {SHUFFLES:.0f} shuffles of a weight of the first layer")

@@ -84,6 +84,7 @@ class Given(NamedTuple):
   head: str
   config: ConfigDict
   info: data.Info
+  program: experiment.Program
   model: Any  # shapes of what is trained, by all members of a population
   members: int
 
@@ -107,7 +108,7 @@ def given(request):
   program = experiment.program(c, info)
   model = jax.eval_shape(program.params)
   members = program.run.workers if populations.start_apart(c) else 1
-  return Given(name, file.__doc__, c, info, model, members)
+  return Given(name, file.__doc__, c, info, program, model, members)
 
 
 def test_every_file_is_tested():
@@ -131,16 +132,18 @@ def test_the_head_tells_the_command_and_the_number_of_parameters(given):
 
 
 def check_step(given, **changes):
-  c = given.config.copy_and_resolve_references()
-  c.method.update(changes)
-  run = experiment.program(c, given.info).run
+  c, program = given.config.copy_and_resolve_references(), given.program
+  if changes:
+    c.method.update(changes)
+    program = experiment.program(c, given.info)
+  run = program.run
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = run.abstract(key, given.model)
   batch = {
     name: jax.ShapeDtypeStruct((c.batch_size, *x.shape[1:]), x.dtype)
     for name, x in experiment.example(given.info).items()
   }
-  after, metrics = run.step.lower(state, batch, key).out_info
+  after, metrics = run.step.trace(state, batch, key).out_info
   kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert kinds(after) == kinds(state)
   assert metrics["loss"].shape == ()

@@ -40,7 +40,7 @@ POPULATIONS = {
     dj.wash, **on_data, rate=0.5, layer_schedule="constant", inner="member"
   ),
   "papa": functools.partial(
-    dj.papa, **on_data, every=2, alpha=0.6, schedule=lambda step: 1 / step
+    dj.papa, **on_data, every=2, alpha=0.6, relative_rate=lambda step: 1 / step
   ),
   "dart": functools.partial(
     dj.dart, **on_data, joint_steps=1, every=2, opt_state="averaged"

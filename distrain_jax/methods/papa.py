@@ -33,7 +33,7 @@ def papa(
   every: int | None = None,
   alpha: float = 0.99,
   tied: bool = True,
-  schedule: sparse.Schedule | None = None,
+  relative_rate: sparse.Schedule | None = None,
   epoch_steps: int | None = None,
   stop_after: int | None = None,
   repair: averages.Repair | None = None,
@@ -58,9 +58,9 @@ def papa(
       is these 5 epochs for them.
     alpha: a is 1 - alpha at the peak of the learning rate; for "pull". So small
       a pull is lost on bfloat16 parameters; see `averages.mix`.
-    tied: a follows the learning rate, a = (1 - alpha) schedule(step + 1): that
-      of the step after, as the authors' code has it. For "pull".
-    schedule: (step) -> learning rate relative to its peak, in [0, 1].
+    tied: a follows the learning rate, a = (1 - alpha) relative_rate(step + 1):
+      that of the step after, as the authors' code has it. For "pull".
+    relative_rate: (step) -> learning rate relative to its peak, in [0, 1].
     epoch_steps: the first step, and every `every`-th after it, of each epoch of
       so many steps ends with an exchange, as in the authors' code. None: those
       whose number, from 1, `every` divides.
@@ -76,14 +76,14 @@ def papa(
 
   Raises:
     ValueError: if an option is out of range or missing, tied without a
-      schedule, or there is something to `repair` and no average to become.
+      relative_rate, or there is something to `repair` and no average to become.
   """
   options = members.Options(
     axis, accumulate, clip_norm, learning_rates, leave, inner
   )
   _check(variant, every, alpha, epoch_steps, stop_after, repair)
   if variant == "pull":
-    sparse.check_tied("papa", tied, schedule)
+    sparse.check_tied("papa", tied, relative_rate)
   every = PULL_EVERY if every is None else every
   axes = options.axes
 
@@ -91,7 +91,7 @@ def papa(
     del key, rows
     weight = 1 - alpha
     if tied:
-      weight = weight * schedule(step + 1)
+      weight = weight * relative_rate(step + 1)
     mine = (member.params, member.model_state)
     mean = local_steps.mean(mine, axes)
     return averages.with_model(

@@ -31,7 +31,7 @@ def sparta(
   period: int = 1,
   stop_after: int | None = None,
   tied: bool = False,
-  schedule: sparse.Schedule | None = None,
+  relative_rate: sparse.Schedule | None = None,
   accumulate: int = 1,
   clip_norm: float | None = None,
   learning_rates: tuple[float, ...] | None = None,
@@ -54,7 +54,7 @@ def sparta(
     period,
     stop_after,
     tied,
-    schedule,
+    relative_rate,
     exclude,
   )
   average = functools.partial(swapping.average_parts, axes=options.axes)

@@ -42,7 +42,7 @@ def wash(
   period: int = 1,
   stop_after: int | None = None,
   tied: bool = False,
-  schedule: sparse.Schedule | None = None,
+  relative_rate: sparse.Schedule | None = None,
   accumulate: int = 1,
   clip_norm: float | None = None,
   learning_rates: tuple[float, ...] | None = None,
@@ -82,8 +82,8 @@ def wash(
       `rate` is of one shuffle.
     stop_after: shuffles end with this many steps; None: never. Members that
       are shuffled while the learning rate goes to 0 are worse alone.
-    tied: a shuffle takes place with the chance `schedule(step)`.
-    schedule: (step) -> learning rate relative to its peak, in [0, 1].
+    tied: a shuffle takes place with the chance `relative_rate(step)`.
+    relative_rate: (step) -> learning rate relative to its peak, in [0, 1].
     accumulate: micro-batches that each member's share is cut into.
     clip_norm: largest global norm of a member's own gradient; None: no
       clipping.
@@ -118,7 +118,7 @@ def wash(
     period,
     stop_after,
     tied,
-    schedule,
+    relative_rate,
     exclude,
   )
   if shuffle not in SHUFFLES:

@@ -28,7 +28,7 @@ class Sparse(NamedTuple):
   period: int
   stop_after: int | None
   tied: bool
-  schedule: Schedule | None
+  relative_rate: Schedule | None
   exclude: Sequence[str] = ()
 
 
@@ -41,16 +41,17 @@ def check(name: str, sparse: Sparse) -> None:
   if sparse.stop_after is not None:
     what = "the number of steps that may end with an exchange"
     _check_whole(name, "stop_after", sparse.stop_after, 0, what)
-  check_tied(name, sparse.tied, sparse.schedule)
+  check_tied(name, sparse.tied, sparse.relative_rate)
 
 
-def check_tied(name: str, tied: bool, schedule: Schedule | None) -> None:
-  if tied and not callable(schedule):
+def check_tied(name: str, tied: bool, relative_rate: Schedule | None) -> None:
+  if tied and not callable(relative_rate):
     raise ValueError(
-      f"{name}: tied=True follows the learning rate, so it needs `schedule`: a "
-      "function (step) -> rate relative to its peak, in [0, 1], such as "
+      f"{name}: tied=True follows the learning rate, so it needs "
+      "`relative_rate`: a function (step) -> rate relative to its peak, in "
+      "[0, 1], such as "
       "lambda step: tx_schedule(step) / peak; got "
-      f"{schedule!r}. Pass one, or tied=False."
+      f"{relative_rate!r}. Pass one, or tied=False."
     )
 
 
@@ -103,7 +104,7 @@ def _phases(name: str, sparse: Sparse, exchange):
       # Fewer exchanges rather than smaller ones: less travels, and what
       # matters to learning is how much is moved, not how often.
       coin = jax.random.uniform(jax.random.fold_in(key, _COIN))
-      due &= coin < sparse.schedule(step)
+      due &= coin < sparse.relative_rate(step)
     return jnp.asarray(due, jnp.int32)
 
   return (ALONE, moving), which

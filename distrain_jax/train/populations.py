@@ -160,8 +160,8 @@ def options(
     ValueError: as `averaging.options`.
   """
   chosen: dict[str, Any] = {}
-  if configs.takes(factory, "schedule"):
-    chosen["schedule"] = optimizers.relative(c.optimizer, c.steps)
+  if configs.takes(factory, "relative_rate"):
+    chosen["relative_rate"] = optimizers.relative(c.optimizer, c.steps)
   chosen["inner"] = _inner(c)
   if c.method.name == "papa":
     settings = _settings_of(c, info.num_classes, numbers)

@@ -101,7 +101,7 @@ METHODS = {
     period=2,
     stop_after=100,
     tied=True,
-    schedule=lambda step: 1.0 - step / 200,
+    relative_rate=lambda step: 1.0 - step / 200,
     accumulate=2,
     clip_norm=0.3,
     learning_rates=(1.0, 0.9, 1.1, 0.8, 1.0, 1.2, 0.7, 0.9),
@@ -112,7 +112,7 @@ METHODS = {
     axis="data",
     every=2,
     alpha=0.7,
-    schedule=lambda step: 1.0 - step / 200,
+    relative_rate=lambda step: 1.0 - step / 200,
   ),
   "dart": lambda loss_fn, tx: dj.dart(
     loss_fn,

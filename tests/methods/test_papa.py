@@ -57,7 +57,7 @@ def papa(loss=still, tx=None, **options):
 
 def test_a_pull_keeps_the_mean_and_shrinks_the_distance():
   schedule = lambda step: 1.0 / (1 + step)
-  values = trace(papa(every=2, alpha=0.8, schedule=schedule), 6)
+  values = trace(papa(every=2, alpha=0.8, relative_rate=schedule), 6)
   assert changed(values) == [False, True] * 3
   np.testing.assert_allclose(values[-1].mean(0), values[0].mean(0), atol=1e-6)
   for step in (1, 3, 5):
@@ -244,7 +244,7 @@ REFUSED = {
     "no step": ({"every": 0}, "`every` is the number of steps"),
     "alpha": ({"alpha": 1.5}, r"`alpha` is what a member keeps"),
     "an epoch": ({"epoch_steps": 0}, "`epoch_steps` is a number of steps"),
-    "no schedule": ({}, "needs `schedule`: a function"),
+    "no schedule": ({}, "needs `relative_rate`: a function"),
     "no number": (
       {"variant": "all"},
       "variant='all' needs `every`, .* five epochs: 5 ",
@@ -274,6 +274,6 @@ def test_bad_options_are_refused(factory, case):
 
 def test_a_schedule_may_be_traced():
   rate = optax.cosine_decay_schedule(1.0, 10)
-  values = trace(papa(every=1, schedule=rate), 2)
+  values = trace(papa(every=1, relative_rate=rate), 2)
   assert changed(values) == [True, True]
   assert jnp.isfinite(values).all()

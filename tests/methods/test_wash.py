@@ -184,8 +184,8 @@ def test_a_period_and_an_end():
 def test_a_tied_rate_follows_the_schedule():
   tied = functools.partial(dj.wash, still, optax.sgd(0.1), rate=1.0, tied=True)
   falls = lambda step: jnp.where(step < 5, 1.0, 0.0)
-  assert moved(tied(schedule=falls), 10) == [i < 5 for i in range(10)]
-  half = moved(tied(schedule=lambda step: 0.5), 60)
+  assert moved(tied(relative_rate=falls), 10) == [i < 5 for i in range(10)]
+  half = moved(tied(relative_rate=lambda step: 0.5), 60)
   assert 15 < sum(half) < 45
 
 
@@ -419,15 +419,15 @@ REFUSED = {
   ),
   "a period of 0": ({"period": 0}, "`period` is steps between exchanges"),
   "a negative end": ({"stop_after": -1}, "`stop_after` is the number of steps"),
-  "tied to nothing": ({"tied": True}, "needs `schedule`: a function"),
+  "tied to nothing": ({"tied": True}, "needs `relative_rate`: a function"),
   "another shuffle": ({"shuffle": "sorted"}, "latin_square, independent; got"),
   "a rate of 0": ({"learning_rates": (1, 0)}, "each finite and above 0; got"),
   "no float32": ({"learning_rates": (1, 1e39)}, "each finite and above 0; got"),
   "no number": ({"leave": (-1,)}, "`leave` are numbers of members"),
   "one number twice": ({"leave": (1, 1)}, r"each once; got \(1, 1\)"),
   "tied to a number": (
-    {"tied": True, "schedule": 0.5},
-    "needs `schedule`: a function .*got 0.5. Pass one",
+    {"tied": True, "relative_rate": 0.5},
+    "needs `relative_rate`: a function .*got 0.5. Pass one",
   ),
   "one number": ({"leave": 1}, r"`leave` is a tuple of numbers, such as"),
   "one axis twice": ({"inner": "population"}, "`inner` is a name of its own"),

@@ -1,8 +1,12 @@
 """All fields are there, typed, and no others."""
 
+import typing
+
 import pytest
 
-from distrain_jax import train
+from distrain_jax import methods, train
+from distrain_jax.train import config
+from distrain_jax.train.config import default_of
 
 
 def test_every_option_of_every_method_is_a_field_of_the_right_type():
@@ -14,6 +18,20 @@ def test_every_option_of_every_method_is_a_field_of_the_right_type():
   for option, wrong in (("accumulate", "x"), ("clip_norm", "x")):
     with pytest.raises(TypeError):
       c.method[option] = wrong
+
+
+def test_what_the_trainer_passes_itself_is_no_number_or_choice():
+  """A name that means something plain elsewhere would be hidden there."""
+  for name, factory in methods.FACTORIES.items():
+    hints = typing.get_type_hints(factory)
+    for option in {*config.OWN_OPTIONS} & hints.keys() - {"axis"}:
+      plain = {bool, int, float} & {
+        hints[option],
+        *typing.get_args(hints[option]),
+      }
+      assert not plain, (name, option)
+      choice = default_of(factory, option)
+      assert not isinstance(choice, str), (name, option, choice)
 
 
 def test_a_config_is_closed_and_typed(tiny):

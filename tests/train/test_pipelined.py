@@ -52,6 +52,16 @@ def test_one_stage_trains_what_data_parallelism_trains(tiny, tmp_path):
   )
 
 
+def test_the_order_of_the_passes_is_a_field(tiny, tmp_path):
+  """Both orders make the same gradients."""
+  losses = []
+  for order in ("1f1b", "gpipe"):
+    own = {"method.name": "pipeline", "method.schedule": order}
+    built = train.build(tiny("stages", mesh=MESH, **FEW, **own))
+    losses.append(train.train(built, tmp_path / order).metrics["test_loss"])
+  assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
