@@ -9,8 +9,8 @@ The parquet files are FineWeb's own (HuggingFaceFW/fineweb on the Hugging Face
 hub; sample/100BT for 1B). With a vocabulary of 32,000 the presets have
 134,105,856, 501,007,872 and 1,104,218,112 parameters. Each trains on 20 tokens
 a parameter (Hoffmann et al., arXiv 2203.15556). NVIDIA GPUs:
---config.model.attention=cudnn, by which a step of 32 rows took 90 ms on one H100
-in the place of 192 (launch/bench_step.py). One worker's optimizer does not fit:
+--config.model.attention=cudnn, by which a step of 32 rows took 90 ms on an H100 in
+the place of 192 (launch/bench_step.py). One worker's optimizer does not fit:
 --config.method.name=zero1.
 
 Not run yet: 6 floating-point operations a parameter and token are 2.2e18,

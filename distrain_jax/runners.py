@@ -23,7 +23,7 @@ class Run(NamedTuple):
 
   method: Method
   workers: int
-  mesh: Mesh | None  # None: simulated on one device
+  mesh: Mesh | None  # None: simulated, on the first device
   # (key, params, per_worker=False) -> state. per_worker: params have a leading
   # worker axis, for workers that start from different models.
   init: Callable[..., Any]
@@ -49,6 +49,10 @@ class Run(NamedTuple):
   runner: spmd.Runner | None = None
   # Whether `init` and `abstract` take models with a leading worker axis.
   apart: bool = False
+  simulated: bool = False  # all workers are on one device, with a mesh or not
+  # (mesh, compiler_options) -> the same run there; a simulated one stays so on
+  # a mesh of one device, else has a device for each worker.
+  elsewhere: Callable[[Mesh, Mapping[str, Any]], "Run"] | None = None
 
 
 def simulate(
@@ -95,15 +99,15 @@ def simulate(
       )
     mesh = spmd.auto_mesh(mesh)
   runner = spmd.vmap_runner(axes, sizes)
-  return _run(
-    method,
-    workers,
-    mesh,
-    runner,
-    donate,
-    replicas=replicas,
-    per_device=workers,
-  )
+
+  def on(mesh, options=None):
+    if mesh is not None and mesh.size > 1:
+      return distribute(method, mesh, donate=donate, compiler_options=options)
+    more = {"replicas": replicas, "per_device": workers}
+    run = _run(method, workers, mesh, runner, donate, options, **more)
+    return run._replace(simulated=True, elsewhere=on)
+
+  return on(mesh)
 
 
 def distribute(
@@ -144,7 +148,14 @@ def distribute(
   mesh = spmd.auto_mesh(mesh)
   inner = None if method.inner is None else (method.inner, per_device)
   runner = spmd.mesh_runner(mesh, _axes(method), inner)
-  return _run(
+
+  def elsewhere(mesh, options):
+    more = {"per_device": per_device, "rows_over": rows_over}
+    return distribute(
+      method, mesh, donate=donate, compiler_options=options, **more
+    )
+
+  run = _run(
     method,
     mesh.shape[method.axis] * per_device,
     mesh,
@@ -155,6 +166,7 @@ def distribute(
     per_device=per_device,
     rows_over=tuple(rows_over),
   )
+  return run._replace(elsewhere=elsewhere)
 
 
 def starting_apart(run: Run) -> Run:

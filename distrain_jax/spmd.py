@@ -105,7 +105,14 @@ def make_mesh(axes: Mapping[str, int], devices=None) -> Mesh:
   """
   devices = jax.devices() if devices is None else list(devices)
   kind = devices[0].platform if devices else "none given"
-  sizes = mesh_sizes(axes, len(devices), kind)
+  sizes = mesh_sizes(
+    axes,
+    len(devices),
+    kind,
+    "Change the mesh, pass fewer devices, or simulate more: on a CPU "
+    "(--devices=N, or use_cpu_devices(N) before JAX starts), or on one device "
+    "of any kind (dj.simulate, or config.simulate=N).",
+  )
   return jax.make_mesh(
     tuple(sizes.values()),
     tuple(sizes),
@@ -115,9 +122,19 @@ def make_mesh(axes: Mapping[str, int], devices=None) -> Mesh:
 
 
 def mesh_sizes(
-  axes: Mapping[str, int], count: int, kind: str = "devices"
+  axes: Mapping[str, int], count: int, kind: str, advice: str
 ) -> dict[str, int]:
-  """The sizes of a mesh's axes; as `make_mesh`, of `count` devices of a kind."""
+  """The sizes of a mesh's axes, as `make_mesh` takes them.
+
+  Args:
+    axes: name -> size; one size may be -1.
+    count: of the devices.
+    kind: of devices, and
+    advice: on a way out, for the message.
+
+  Raises:
+    ValueError: if the sizes do not multiply to `count`.
+  """
   sizes = dict(axes)
   free = [name for name, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -128,9 +145,7 @@ def mesh_sizes(
     raise ValueError(
       f"a mesh of {dict(axes)} needs {fixed} devices"
       f"{' or a multiple' if free else ''}, but there are {count} ({kind}). "
-      "Change the mesh, pass fewer devices, or simulate more on a CPU "
-      "(--devices=N, or use_cpu_devices(N) before JAX starts), or on one "
-      "device, whichever it is (config.simulate=N)."
+      f"{advice}"
     )
   return sizes
 
@@ -264,7 +279,8 @@ def split_rows(batch: Any, workers: int) -> Any:
     ValueError: as `check_rows`.
   """
   check_rows(batch, workers)
-  split = lambda x: jnp.reshape(x, (workers, -1, *x.shape[1:]))
+  rows = lambda x: (workers, x.shape[0] // workers, *x.shape[1:])
+  split = lambda x: jnp.reshape(x, rows(x))
   return jax.tree.map(split, batch)
 
 

@@ -1,4 +1,4 @@
-r"""Step time of one SDP worker on one device, by coverage, beside the dense step.
+r"""Step time of an SDP worker on one device, by coverage, and of the dense one.
 
   python launch/bench_sdp.py                              # three minutes
   python launch/bench_sdp.py --embed=512 --layers=16 --rounds=11

@@ -1,4 +1,4 @@
-r"""A population's step beside independent training's, on simulated devices.
+r"""A population's step beside independent training's.
 
   python launch/bench_wash.py                             # some minutes
   python launch/bench_wash.py --width=0.25 --members=4 --rounds=15
@@ -21,7 +21,9 @@ from absl import app, flags
 from distrain_jax import spmd
 from distrain_jax.inspect import table
 
-MEMBERS = flags.DEFINE_integer("members", 2, "A simulated device each.", 1)
+MEMBERS = flags.DEFINE_integer(
+  "members", 2, "On a CPU a simulated device each.", 1
+)
 MODEL = flags.DEFINE_enum(
   "model", "resnet18", ["resnet18", "mlp"], "What the members train."
 )

@@ -99,6 +99,8 @@ def jobs(c: ConfigDict, info: data.Info) -> list[Job]:
       own = by_method(c, name, micro) if COMPARE.value else c
       program = experiment.program(own, info, devices)
       where = hardware or f"cpu:{DEVICES.value}"
+      if own.simulate:
+        where = f"one of {where}, {own.simulate} simulated"
       found.append(Job(name, where, program, micro))
   return found
 

@@ -4,6 +4,8 @@ r"""Trains what a config says.
   python launch/train.py --config=configs/digits.py --workdir=runs/zero1 \
     --devices=8 --config.method.name=zero1 --config.steps=500
 
+One GPU or TPU stands for eight with --config.simulate=8.
+
 Run again with the same workdir, it goes on from the latest checkpoint. Leaves
 with 75 when SIGTERM or SIGINT stopped it and its state is saved.
 """

@@ -229,7 +229,7 @@ print(f"largest difference of a weight: {max(jax.tree.leaves(apart)):.1e}")
 # - `run = dj.distribute(method, dj.spmd.make_mesh({"data": -1}))` in the place of
 #   `dj.simulate`.
 # - `dj.mulo(mup=..., implementation="pallas")` keeps the rule's hidden units on the
-#   chip (TPUs, and NVIDIA GPUs from Hopper on); otherwise `tile=2**20`.
+#   chip (TPUs, and NVIDIA GPUs from Hopper on).
 # - Your own model: `dj.mup_info(params, names=...)` where it has names of axes,
 #   `other=` the shapes of the same model at another width where it has none; and
 #   `dj.coord_check` before anything else.

@@ -128,12 +128,8 @@ def _lower_run(run, arguments, topology, compiler_options):
   mesh = _mesh(run, topology)
   here = run
   if mesh is not run.mesh or compiler_options:
-    here = runners.distribute(
-      run.method,
-      mesh,
-      donate=run.step.donate,
-      compiler_options=run.step.compiler_options | dict(compiler_options or {}),
-    )
+    options = run.step.compiler_options | dict(compiler_options or {})
+    here = run.elsewhere(mesh, options)
   axis = run.method.axis
   state, batch, key = jax.tree.map(_shape, arguments)
   one = shardings.without_worker_axes(arguments[0], run.method.specs)
@@ -149,16 +145,18 @@ def _lower_run(run, arguments, topology, compiler_options):
 
 
 def _mesh(run, topology) -> Mesh:
-  axes = {run.method.axis: run.workers}
-  if run.mesh is not None:
-    axes = dict(run.mesh.shape)
-    if topology is None:
-      return run.mesh
+  if topology is None and run.mesh is not None:
+    return run.mesh
   if topology is None:
     raise ValueError(
       "inspect.compile: this run is simulated on one device. Pass topology=, "
       "e.g. 'v5e:2x4', or a run from dj.distribute."
     )
+  axes = {run.method.axis: run.workers}
+  if not run.simulated:
+    axes = dict(run.mesh.shape)
+  elif len(topologies.topology(topology).devices) == 1:
+    axes = dict.fromkeys(axes if run.mesh is None else run.mesh.shape, 1)
   return _fitting(topology, axes, f"this run's {axes}")
 
 

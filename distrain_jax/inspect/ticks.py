@@ -93,12 +93,8 @@ def trace(run: Run, state: Any, batch: Any, key: Any) -> Trace:
   # A state that wraps another one (guard's) is unwrapped.
   specs = getattr(method.specs, "inner", method.specs)
   state = getattr(state, "inner", state)
-  if run.mesh is None:
-    runner = spmd.vmap_runner(method.axis, run.workers)
-  else:
-    runner = spmd.mesh_runner(run.mesh, method.axis)
   stages = P(method.axis)
-  fn = runner(method.trace, (specs, P(), P()), (stages, stages))
+  fn = run.runner(method.trace, (specs, P(), P()), (stages, stages))
   with spmd.no_current_mesh():
     found = jax.device_get(jax.jit(fn)(state, batch, key))
   return Trace(*(np.asarray(x).T for x in found))

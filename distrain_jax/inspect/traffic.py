@@ -56,7 +56,7 @@ def bytes_sent(
       number of trips the program does not say; for steps below 1, or above it
       without a state whose integers are known.
   """
-  if run.mesh is None:
+  if run.simulated:
     raise ValueError(
       "bytes_sent: this run is simulated on one device, where nothing is sent. "
       "Pass one from distribute(method, mesh)."

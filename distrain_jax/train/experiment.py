@@ -191,8 +191,9 @@ def _checked_mesh(c, devices=None) -> tuple[Mesh, dict[str, int]]:
   """The mesh, and the sizes of its axes: of config.simulate those simulated."""
   validate.chosen_method_options(c)
   axes = c.mesh.to_dict()
-  if c.simulate > 0:
-    shape = spmd.mesh_sizes(axes, c.simulate, "config.simulate")
+  if (c.simulate or 0) > 0:
+    advice = "Change config.simulate, or config.mesh (-1: those that are left)."
+    shape = spmd.mesh_sizes(axes, c.simulate, "simulated on one", advice)
     devices = jax.devices() if devices is None else devices
     mesh = spmd.make_mesh(dict.fromkeys(axes, 1), devices[:1])
   else:

@@ -113,14 +113,8 @@ def export(
 
 
 def _on_all_devices(c: ConfigDict) -> ConfigDict:
-  """With as many workers as devices allow, and batches that they can share.
-
-  Those of config.simulate, where one device is all that they need, stay.
-  """
-  simulated, c = c.simulate, populations.for_reading(c)
-  if simulated:
-    c.simulate = simulated
-    return c
+  """With as many workers as devices allow, and batches that they can share."""
+  c = populations.for_reading(c)
   c.mesh.update({experiment.axis_of(c): -1, **_other_axes(c)})
   for batches in (c, c.evaluation):
     batches.batch_size *= jax.device_count()

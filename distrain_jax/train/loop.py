@@ -193,10 +193,12 @@ class _Loop:
     names = ", ".join(map(str, blamed))
     are = f"Member {names} is" if len(blamed) == 1 else f"Members {names} are"
     them = "it" if len(blamed) == 1 else "them"
+    where = "devices (config.mesh times config.population.per_device): "
+    if self.c.simulate:
+      where = f"simulated ones: --config.simulate={others} "
     return (
       f"{are} {bad}; the {others} others can go on without {them}, on as many "
-      "devices (config.mesh times config.population.per_device): "
-      f"--config.method.leave='{leave}' --config.batch_size={rows}. "
+      f"{where}--config.method.leave='{leave}' --config.batch_size={rows}. "
     )
 
   def _due(self, step: int) -> bool:

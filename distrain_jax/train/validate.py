@@ -17,7 +17,6 @@ MORE_DTYPES = {"estimate_dtype": ("int8",)}  # option -> what else it takes
 AT_LEAST_ONE = (
   "steps",
   "batch_size",
-  "optimizer.tile",
   "evaluation.batch_size",
   "log.every",
   "checkpoint.keep",
@@ -107,6 +106,8 @@ def validate(c: ConfigDict, mesh_shape: Mapping[str, int], axis: str) -> None:
     _at_least(field, _get(c, field), 1)
   for field in AT_LEAST_ZERO:
     _at_least(field, _get(c, field), 0)
+  if c.optimizer.tile is not None:
+    _at_least("optimizer.tile", c.optimizer.tile, 1)
   if axis not in mesh_shape:
     raise ValueError(
       f"config.mesh={dict(mesh_shape)} has no axis {axis!r}, which "
@@ -188,7 +189,7 @@ def _choice(field, value, known):
 
 
 def _at_least(field, value, low):
-  if value is not None and value < low:
+  if value is None or value < low:
     raise ValueError(f"config.{field}={value!r} must be at least {low}.")
 
 

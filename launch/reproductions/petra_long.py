@@ -1,7 +1,7 @@
 """PETRA on images in longer runs: four epochs, where `petra` has half of one.
 
-Sixteen micro-batches an update, where the gap of `petra` is smallest; everything
-else is as there.
+Sixteen micro-batches an update, where the gap of `petra` is smallest; all else
+is as there.
 """
 
 from launch.reproductions import petra

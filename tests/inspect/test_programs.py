@@ -221,6 +221,41 @@ def test_a_run_moves_to_a_topology_of_as_many_devices(mesh):
       dj.inspect.compile(run, state, batch, KEY, topology="v5e:16x16")
 
 
+def test_a_simulated_run_is_compiled_for_one_device_or_one_a_worker(mesh):
+  def loss_fn(params, batch, key):
+    return jnp.mean((batch["x"] @ params["w"]) ** 2), {}
+
+  method = dj.local_sgd(loss_fn, optax.sgd(0.1), sync_every=2)
+  params = {"w": jax.ShapeDtypeStruct((256, 128), jnp.float32)}
+  batch = {"x": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+  on_one = dj.simulate(method, workers=4, mesh=mesh(1))
+  for run in (on_one, dj.simulate(method, workers=4)):
+    state = run.abstract(KEY, params)
+    of = functools.partial(dj.inspect.compile, run, state, batch, KEY)
+    alone = of(topology="v5e:1x1")
+    assert alone.devices == 1 and alone.wire_bytes == 0
+    assert alone.memory.state["params"] == 4 * 256 * 128 * 4
+    apart = of(topology="v5e:2x2")
+    assert apart.devices == 4 and apart.wire_bytes > 0
+    assert apart.memory.state["params"] == 256 * 128 * 4
+  here = dj.inspect.compile(on_one, on_one.abstract(KEY, params), batch, KEY)
+  assert here.memory.state == alone.memory.state
+
+
+def test_members_that_share_a_device_still_do_with_other_options(mesh):
+  def loss_fn(params, batch, key):
+    return jnp.mean((batch["x"] @ params["w"]) ** 2), {}
+
+  method = dj.ensemble(loss_fn, optax.sgd(0.1), axis="data", inner="member")
+  run = dj.distribute(method, mesh(2), per_device=2)
+  state = run.abstract(KEY, {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)})
+  batch = {"x": jax.ShapeDtypeStruct((16, 8), jnp.float32)}
+  options = {"xla_cpu_enable_fast_math": False}
+  for more in ({}, {"compiler_options": options}):
+    found = dj.inspect.compile(run, state, batch, KEY, **more)
+    assert found.memory.state["params"] == 2 * 8 * 8 * 4
+
+
 def test_a_report_is_of_the_run_s_own_program(mesh):
   method = dj.ddp(llama().loss_fn, optax.sgd(0.1))
   rows = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32)

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from distrain_jax import data, inspect, methods, train
-from distrain_jax.train import experiment
+from distrain_jax.train import experiment, export
 
 N = 4
 FLOAT32 = {"method.wire_dtype": "float32"}  # not to round what differs by order
@@ -90,15 +90,36 @@ def test_it_resumes_to_the_same_bits(method, small, tmp_path):
     np.testing.assert_array_equal(host(x), host(y))
 
 
+@pytest.mark.parametrize("method", ["zero1", "wash", "sdp"])
 @pytest.mark.parametrize("first", [0, N])
-def test_a_checkpoint_goes_on_simulated_and_back(first, small, tmp_path):
+def test_a_checkpoint_goes_on_simulated_and_back(
+  first, method, small, tmp_path
+):
   """What was saved with `first` goes on with the other, as if with one."""
   short, long = ({"steps": n, "optimizer.schedule": "constant"} for n in (3, 6))
-  of(small, "zero1", tmp_path, simulate=first, **short)
-  moved, _ = of(small, "zero1", tmp_path, simulate=N - first, **long)
-  stayed, _ = of(small, "zero1", tmp_path / "one", simulate=N, **long)
+  of(small, method, tmp_path, simulate=first, **short)
+  moved, _ = of(small, method, tmp_path, simulate=N - first, **long)
+  stayed, _ = of(small, method, tmp_path / "one", simulate=N, **long)
   for x, y in zip(leaves(moved), leaves(stayed), strict=True):
     np.testing.assert_allclose(host(x), host(y), **CLOSE)
+
+
+def test_another_number_of_workers_goes_on(small, tmp_path):
+  run = {"model.dropout": 0.0, "optimizer.schedule": "constant"}
+  of(small, "zero1", tmp_path, simulate=2, steps=3, **run)
+  fewer, _ = of(small, "zero1", tmp_path, simulate=N, steps=6, **run)
+  stayed, _ = of(small, "zero1", tmp_path / "one", simulate=2, steps=6, **run)
+  params = lambda result: jax.tree.leaves(result.state.inner.params)
+  for x, y in zip(params(fewer), params(stayed), strict=True):
+    np.testing.assert_allclose(host(x), host(y), **CLOSE)
+
+
+def test_its_model_is_exported(small, tmp_path):
+  result, built = of(small, "sdp", tmp_path, simulate=N)
+  made = export.export(tmp_path, tmp_path / "model.safetensors")
+  model = built.run.params(result.state)
+  for x, y in zip(*map(jax.tree.leaves, (made.params, model)), strict=True):
+    np.testing.assert_array_equal(host(x), host(y))
 
 
 def test_its_report_is_of_all_workers_on_the_device(small):
@@ -108,6 +129,11 @@ def test_its_report_is_of_all_workers_on_the_device(small):
   assert report.devices == 1 and not report.step.communication
   params = sum(x.size * 4 for x in jax.tree.leaves(program.params()))
   assert report.memory.state["params"] == N * params
+  options = {"compiler_options": {"xla_cpu_enable_fast_math": False}}
+  again = inspect.compile(program.run, *program.abstract(), **options)
+  assert again.memory.state == report.memory.state
+  with pytest.raises(ValueError, match="this run is simulated on one device"):
+    inspect.bytes_sent(program.run, *program.abstract())
 
 
 def test_what_one_device_cannot_simulate_is_refused(small):
@@ -121,5 +147,5 @@ def test_what_one_device_cannot_simulate_is_refused(small):
     )
   with pytest.raises(ValueError, match=r"simulate=-1 must be at least 0"):
     train.build(small(simulate=-1))
-  with pytest.raises(ValueError, match=r"there are 4 \(config.simulate\)"):
+  with pytest.raises(ValueError, match=r"there are 4 \(simulated"):
     build(mesh=ConfigDict({"data": 8}))
