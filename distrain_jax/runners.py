@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrain_jax import programs, shardings, spmd
+from distrain_jax import run_checks as checks
 from distrain_jax.method import Method
-from distrain_jax.whole import is_whole
 
 
 class Run(NamedTuple):
@@ -77,27 +77,12 @@ def simulate(
     ValueError: if workers or replicas are not at least 1, the method has no
       replicas, or the mesh has several devices or lacks the method's axes.
   """
-  for name, value in (("workers", workers), ("replicas", replicas)):
-    if not is_whole(value, 1):
-      raise ValueError(
-        f"simulate: `{name}` is a whole number from 1; got {value!r}."
-      )
-  if replicas > 1 and method.replicas is None:
-    raise ValueError(
-      f"simulate: replicas={replicas}, but {method.name} was made without an "
-      "axis of replicas."
-    )
-  axes, sizes = _axes(method), (workers, replicas)[: len(_axes(method))]
+  checks.check_simulated(method, workers, replicas, mesh)
+  mesh = None if mesh is None else spmd.auto_mesh(mesh)
+  axes = checks.axes_of(method)
+  sizes = (workers, replicas)[: len(axes)]
   if method.inner is not None:
     axes, sizes = (*axes, method.inner), (*sizes, 1)
-  if mesh is not None:
-    _check_axes(method, mesh)
-    if mesh.size > 1:
-      raise ValueError(
-        f"simulate: all workers are on one device, but `mesh` has {mesh.size}. "
-        "Pass a mesh of one, or use distribute."
-      )
-    mesh = spmd.auto_mesh(mesh)
   runner = spmd.vmap_runner(axes, sizes)
 
   def on(mesh, options=None):
@@ -142,12 +127,12 @@ def distribute(
     ValueError: if the mesh lacks the axis or one of `rows_over`, or the method
       cannot have several workers on a device.
   """
-  _check_axes(method, mesh)
-  _check_per_device(method, per_device)
-  _check_rows_over(method, mesh, rows_over)
+  checks.check_axes(method, mesh)
+  checks.check_per_device(method, per_device)
+  checks.check_rows_over(method, mesh, rows_over)
   mesh = spmd.auto_mesh(mesh)
   inner = None if method.inner is None else (method.inner, per_device)
-  runner = spmd.mesh_runner(mesh, _axes(method), inner)
+  runner = spmd.mesh_runner(mesh, checks.axes_of(method), inner)
 
   def elsewhere(mesh, options):
     more = {"per_device": per_device, "rows_over": rows_over}
@@ -193,50 +178,6 @@ def simulated(run: Run, params: Any, workers: int) -> tuple[Run, Any]:
   return starting_apart(here), jax.tree.map(of, params)
 
 
-def _axes(method) -> tuple[str, ...]:
-  """Those of a mesh that a method's functions are manual over."""
-  return tuple(a for a in (method.axis, method.replicas) if a is not None)
-
-
-def _check_axes(method, mesh) -> None:
-  for option, axis in zip(("axis", "replicas"), _axes(method)):
-    if axis not in mesh.axis_names:
-      raise ValueError(
-        f"{method.name} works on the axis {axis!r}, but the mesh has "
-        f"{dict(mesh.shape)}. Name the mesh's axis so, or pass "
-        f"{option}={mesh.axis_names[0]!r} to {method.name}."
-      )
-
-
-def _check_per_device(method, per_device) -> None:
-  if not is_whole(per_device, 1):
-    raise ValueError(
-      "distribute: `per_device` is how many workers share a device, a whole "
-      f"number from 1; got {per_device!r}."
-    )
-  if per_device > 1 and method.inner is None:
-    raise ValueError(
-      f"distribute: per_device={per_device}, but {method.name} was made without "
-      "a name for workers that share a device. Pass inner='member' to it, if it "
-      "takes that; methods that train one model have one worker a device."
-    )
-
-
-def _check_rows_over(method, mesh, rows_over) -> None:
-  others = [a for a in mesh.axis_names if a not in _axes(method)]
-  if isinstance(rows_over, str) or len(set(rows_over)) < len(rows_over):
-    raise ValueError(
-      f"distribute: `rows_over` is a tuple of axes, each once, of {others}; got "
-      f"{rows_over!r}."
-    )
-  for name in rows_over:
-    if name not in others:
-      raise ValueError(
-        f"distribute: rows_over={tuple(rows_over)!r} names axes of the mesh "
-        f"beside the method's; {name!r} is none of {others}."
-      )
-
-
 def _run(
   method,
   workers,
@@ -265,7 +206,7 @@ def _run(
     )
 
   def abstract(key, params, per_worker=False):
-    _check_start(method, workers, params, per_worker)
+    checks.check_start(method, workers, params, per_worker)
     with spmd.no_current_mesh():
       shapes = jax.eval_shape(init_fn(per_worker), key, params)
     if per_worker:
@@ -371,19 +312,3 @@ def _adopt(method, workers, mesh, state, before=None):
       return jax.jit(own, out_shardings=place)(state)
     # On the devices where it lies; then it moves, and is nobody else's.
     return jax.device_put(jax.jit(make)(state), place, may_alias=False)
-
-
-def _check_start(method, workers, params, per_worker):
-  if not per_worker:
-    return
-  if not method.population:
-    raise ValueError(
-      f"{method.name}: all workers start from one model, so per_worker=True "
-      "has no meaning here. Pass one model's params."
-    )
-  for path, x in jax.tree_util.tree_leaves_with_path(params):
-    if jnp.shape(x)[:1] != (workers,):
-      raise ValueError(
-        f"per_worker=True: params{jax.tree_util.keystr(path)} has shape "
-        f"{jnp.shape(x)}; its first axis must be the {workers} workers."
-      )
