@@ -93,19 +93,9 @@ def measure(c: ConfigDict, run_it: bool) -> dict[str, Any]:
   if not run_it:
     return {}
   device = x.run.mesh.devices.flat[0]
-  batch = x.run.put(rows(c, told.info))
-  key = jax.random.key(0)
-  state = x.run.init(key, x.params())
-  laps = []
-  for number in range(ROUNDS.value + 1):  # the first is not counted
-    steps = STEPS.value if number else WARM_UP
-    began = time.perf_counter()
-    for _ in range(steps):
-      state, metrics = x.run.step(state, batch, key)
-    jax.block_until_ready((state, metrics))
-    laps.append((time.perf_counter() - began) / steps)
+  laps = timed(x, rows(c, told.info))
   allocator = device.memory_stats() or {}
-  seconds = statistics.median(laps[1:])
+  seconds = statistics.median(laps)
   return {
     "config": config_flags.get_config_filename(flags.FLAGS["config"]),
     "method": x.run.method.name,
@@ -116,13 +106,29 @@ def measure(c: ConfigDict, run_it: bool) -> dict[str, Any]:
     "jax": jax.__version__,
     "predicted_seconds": report.step.seconds if report.chip else None,
     "measured_seconds": seconds,
-    "rounds_seconds": laps[1:],
+    "rounds_seconds": laps,
     "flops": report.flops,
     "utilisation": report.chip
     and report.flops / (seconds * report.chip.peak("bf16")),
     "predicted_bytes": report.memory.peak,
     "measured_bytes": allocator.get("peak_bytes_in_use"),
   }
+
+
+def timed(x: experiment.Program, batch: dict[str, Any]) -> list[float]:
+  """Seconds a step, of each round."""
+  import jax
+
+  batch, key = x.run.put(batch), jax.random.key(0)
+  state, laps = x.run.init(key, x.params()), []
+  for number in range(ROUNDS.value + 1):  # the first is not counted
+    steps = STEPS.value if number else WARM_UP
+    began = time.perf_counter()
+    for _ in range(steps):
+      state, metrics = x.run.step(state, batch, key)
+    jax.block_until_ready((state, metrics))
+    laps.append((time.perf_counter() - began) / steps)
+  return laps[1:]
 
 
 def rows(c: ConfigDict, info: data.Info) -> dict[str, Any]:
