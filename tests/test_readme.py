@@ -55,7 +55,7 @@ def test_config_examples_run(tmp_path):
     for c in SHELL
     if c.startswith("python launch/train.py --config=configs/digits.py")
   ]
-  assert len(commands) == 2
+  assert len(commands) == 3
   for command in commands:
     words = shlex.split(command)[1:]
     words = [
