@@ -119,8 +119,8 @@ def test_a_row_differs_from_its_baseline_by_method_or_by_config(
       w = jax.ShapeDtypeStruct((8, 16), jnp.float32)
       chosen |= {"shapes": {"w": w}, "names": {"w": ("layers", "mlp")}}
       chosen |= {"writers": {"w": True}}
-    if takes(factory, "schedule"):
-      chosen |= {"schedule": lambda step: 1.0}
+    if takes(factory, "relative_rate"):
+      chosen |= {"relative_rate": lambda step: 1.0}
     trained = lambda *_: None
     if part["name"] in methods.PIPELINED:
       trained, params, _ = petra_networks.make("r")
