@@ -100,7 +100,8 @@ def config(preset: str, changes: dict[str, Any]) -> ConfigDict:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   c = module.get_config(preset)
-  c.update_from_flattened_dict({**kept.overrides(SET.value), **changes})
+  with c.unlocked():  # config.loss has what its task's loss has
+    c.update_from_flattened_dict({**kept.overrides(SET.value), **changes})
   return c
 
 

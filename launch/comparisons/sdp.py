@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from distrain_jax import inspect, models
 
 LEVELS = ("neuron", "block")
+CHUNKS = {"loss.logits_chunk": 128}  # tokens of a row
 COVERAGES = ("3/4", "1/2", "3/8", "1/4")
 LOW = {
   "method.shard_optimizer": True,
@@ -76,9 +77,10 @@ def rows(c: ConfigDict, workers: int, batch: int) -> list[Row]:
   found += [sdp(level, "1/2", low, **LOW) for level in LEVELS]
   own = c.batch_size // workers // c.method.accumulate
   if own != batch:
-    more = f", {own} rows"
-    found.append(row(f"DDP{more}", {}, own, against=f"DDP{more}"))
-    found += [sdp(level, "1/2", more, own) for level in LEVELS]
+    for how, changes in (("", {}), (", logits in chunks", CHUNKS)):
+      more = f", {own} rows{how}"
+      found.append(row(f"DDP{more}", changes, own, against=f"DDP{more}"))
+      found += [sdp(level, "1/2", more, own, **changes) for level in LEVELS]
   return found
 
 
