@@ -101,7 +101,7 @@ def cases(model, task, batch) -> list[Case]:
   from distrain_jax.methods.sdp import alone
 
   inputs = batch["tokens"]
-  whole = jax.jit(task.init)(jax.random.key(0))
+  whole = jax.jit(task.init)(jax.random.key(0))._replace(model_state=())
   found = [Case(DENSE, Fraction(1), whole.params)]
   for level in ("neuron", "block"):
     for coverage in map(Fraction, COVERAGES):
@@ -113,7 +113,6 @@ def cases(model, task, batch) -> list[Case]:
         level=level,
         coverage=float(coverage),
       )
-      whole = whole._replace(model_state=())
       own = jax.jit(functools.partial(nets.own, me=0, worker=0))(whole)
       found.append(Case(level, coverage, own.params))
   return found
