@@ -95,7 +95,9 @@ def one(model: str, where: str, row: comparison.Row) -> dict[str, Any]:
   found = {"of": model, "hardware": where, "name": row.name, "set": SET.value}
   program = experiment.program(c, info, devices)
   try:
-    report = inspect.compile(program.run, *program.abstract())
+    report = inspect.compile(
+      program.run, *program.abstract(), with_buffers=True
+    )
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise

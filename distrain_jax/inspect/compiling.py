@@ -1,8 +1,10 @@
 """`compile`: a step, for hardware that need not be there, to its report."""
 
 import math
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +12,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrain_jax import compile_options, runners, shardings, spmd
-from distrain_jax.inspect import hlo, links, memory, schedule, topologies
+from distrain_jax.inspect import (
+  buffers,
+  hlo,
+  links,
+  memory,
+  schedule,
+  topologies,
+)
 from distrain_jax.inspect.hardware import Chip, of_device
 from distrain_jax.inspect.report import Report
 
@@ -31,6 +40,7 @@ def compile(
   *abstract_args: Any,
   topology: str | None = None,
   compiler_options: Mapping[str, Any] | None = None,
+  with_buffers: bool = False,
 ) -> Report:
   """Compiles a step ahead of time and reports what it costs on each device.
 
@@ -50,10 +60,13 @@ def compile(
       devices of the run's mesh or of the arguments' shardings.
     compiler_options: XLA's, over the run's own, over those of
       `compile_options` for the hardware.
+    with_buffers: also read where XLA has laid temporaries, and when they live:
+      `report.buffers`. XLA writes it into a folder that is removed again.
 
   Raises:
     ValueError: if the topology has another number of devices than the run's
-      mesh or the arguments' shardings; for unknown names.
+      mesh or the arguments' shardings; for unknown names; if buffers are
+      wanted of a program that JAX's compilation cache has.
     ImportError: if the topology's compiler is not installed.
   """
   if isinstance(run, runners.Run):
@@ -67,8 +80,8 @@ def compile(
     name, state = getattr(run, "__name__", "function"), None
     options = compile_options.for_mesh(mesh) | dict(compiler_options or {})
   started = time.perf_counter()
-  compiled = lowered.compile(options or None)
-  return read(
+  compiled, found = _compiled(lowered, options, with_buffers)
+  report = read(
     compiled,
     arguments,
     list(mesh.devices.flat),
@@ -77,6 +90,16 @@ def compile(
     state=state,
     compile_seconds=time.perf_counter() - started,
   )
+  return report._replace(buffers=found)
+
+
+def _compiled(lowered, options, with_buffers):
+  """The program, and its buffers or None."""
+  if not with_buffers:
+    return lowered.compile(options or None), None
+  with tempfile.TemporaryDirectory() as folder:
+    options = (options or {}) | buffers.dumping(Path(folder))
+    return lowered.compile(options), buffers.read(Path(folder))
 
 
 def read(

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from distrain_jax.inspect.buffers import Buffers
 from distrain_jax.inspect.hardware import Chip
 from distrain_jax.inspect.memory import Memory
 from distrain_jax.inspect.schedule import Communication, Step
@@ -18,6 +19,7 @@ class Report(NamedTuple):
   memory: Memory
   step: Step
   compile_seconds: float
+  buffers: Buffers | None = None  # of `compile(..., with_buffers=True)`
 
   @property
   def flops(self) -> float:

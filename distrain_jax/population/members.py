@@ -23,6 +23,8 @@ from distrain_jax.method import (
 from distrain_jax.population import adopting
 from distrain_jax.whole import is_whole
 
+# The scope of all that is exchanged, by which a compiled program tells it.
+EXCHANGE = "exchange"
 # What the exchange's key is folded with: no member has this number.
 _EXCHANGE = 0xFFFFFFFF
 
@@ -183,7 +185,8 @@ def population(
         member, norm = _update(tx, options, state, grads, g.model_state)
         if phase.exchange is not None:
           rows = Rows(batch, own_key)
-          member = phase.exchange(member, state.step, shared, rows)
+          with jax.named_scope(EXCHANGE):
+            member = phase.exchange(member, state.step, shared, rows)
         return member, _metrics(g, norm, axes, here)
 
       return run
