@@ -30,6 +30,19 @@ METHODS = {
   "local_sgd": functools.partial(dj.local_sgd, sync_every=2),
   "diloco": functools.partial(dj.diloco, sync_every=2, fragments=2, delay=1),
 }
+UNITS = {"w": (None, "hidden"), "v": ("hidden",), "gain": ()}
+
+
+def sdp(loss_fn, tx, **options):
+  return dj.sdp(loss_fn, tx, names=UNITS, shapes=make_params(), **options)
+
+
+METHODS |= {
+  "sdp": functools.partial(sdp, coverage=0.5),
+  "sdp_backward": functools.partial(
+    sdp, coverage=0.25, masking="backward", shard_optimizer=True
+  ),
+}
 on_data = {"axis": "data"}
 # Members start from models of their own.
 POPULATIONS = {
@@ -38,6 +51,9 @@ POPULATIONS = {
   ),
   "wash_sharing": functools.partial(
     dj.wash, **on_data, rate=0.5, layer_schedule="constant", inner="member"
+  ),
+  "sparta": functools.partial(
+    dj.sparta, **on_data, rate=0.5, layer_schedule="constant"
   ),
   "papa": functools.partial(
     dj.papa, **on_data, every=2, alpha=0.6, relative_rate=lambda step: 1 / step

@@ -114,6 +114,24 @@ def test_another_number_of_workers_goes_on(small, tmp_path):
     np.testing.assert_allclose(host(x), host(y), **CLOSE)
 
 
+def test_another_number_of_workers_has_the_same_model(small, tmp_path):
+  """Of SDP, whose workers then hold other parts, and go on with them."""
+  run = {"method.coverage": 0.5, "optimizer.schedule": "constant"}
+
+  def model(workers, steps):
+    result, built = of(
+      small, "sdp", tmp_path, simulate=workers, steps=steps, **run
+    )
+    return jax.tree.leaves(built.run.params(result.state))
+
+  saved = [host(x) for x in model(2, 3)]
+  for x, y in zip(model(N, 3), saved, strict=True):
+    np.testing.assert_array_equal(host(x), y)
+  after = [host(x) for x in model(N, 6)]
+  assert all(np.isfinite(x).all() for x in after)
+  assert not any(np.array_equal(x, y) for x, y in zip(after, saved))
+
+
 def test_its_model_is_exported(small, tmp_path):
   result, built = of(small, "sdp", tmp_path, simulate=N)
   made = export.export(tmp_path, tmp_path / "model.safetensors")

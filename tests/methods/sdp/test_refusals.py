@@ -49,6 +49,8 @@ KEY = toys.KEY
     ({"wire_dtype": "int8"}, "`wire_dtype`.*got 'int8'"),
     ({"param_dtype": jnp.int32}, "`param_dtype`"),
     ({"shared": ("mlp",)}, "no parameter has an axis that level='neuron' sa"),
+    ({"shared": ("mpl",)}, r"`shared` is .*\('mpl',\).*has embed, layers, mlp"),
+    ({"shared": "mlp"}, "`shared` is a tuple of logical names.* got 'mlp'"),
     (
       {"level": "block", "shared": ("layers",)},
       r"level='block' samples \(layers\); their names are embed, layers, mlp",
