@@ -34,6 +34,7 @@ ROWS = {
   "neuron, cyclic": sdp("neuron"),
   "neuron, shuffled by layer": sdp("neuron", assignment="shuffled"),
   "block, cyclic": sdp("block"),
+  "block, cyclic, rescaled in test": sdp("block", rescale="test"),
   "block, redrawn every 10 updates": sdp(
     "block", assignment="shuffled", redraw_every=10
   ),
