@@ -7,8 +7,11 @@ as the longest worker's, and runs a program of its own: a branch of
 
 Every worker owns 1/N of every block, held or not, with its optimizer's state,
 as in ZeRO-1. One all-to-all brings the holders' gradients to the owners, another
-one the new values back: the coverage times the bytes of an all-reduce. The
-tables are the same for all owners, so that nothing is indexed by worker.
+one the new values back: as many bytes as an all-reduce of what the longest worker
+holds. That is the coverage of all where blocks can be dealt out evenly, and more
+where they cannot: of the five blocks of a ResNet-18 that keep the shape, at 1/2
+of eight workers, 0.98 cyclic and 0.74 balanced. The tables are the same for all
+owners, so that nothing is indexed by worker.
 
 Letters in shapes: N workers, S columns of a worker's buffer, m columns of a
 block in one dtype, K blocks.

@@ -30,7 +30,8 @@ class SDPState(NamedTuple):
   coverage C: 16 C in float32; with shard_optimizer 8 C + 8/N; with
   param_dtype=bfloat16 16 C, or 4 C + 12/N. What is shared counts with C = 1.
   Backward masking holds all parameters and their optimizer for C of them.
-  Blocks that are held whole have a sharded optimizer always: 8 C + 12/N.
+  Blocks that are held whole have a sharded optimizer always: 8 C + 12/N, with
+  the longest worker's share of all blocks for C (see `whole`).
   """
 
   step: jax.Array  # (), int32

@@ -10,6 +10,7 @@ import pytest
 from sdp import toys
 
 import distrain_jax as dj
+from distrain_jax import inspect
 from distrain_jax.methods.sdp import whole
 
 pytestmark = pytest.mark.core
@@ -226,3 +227,22 @@ def test_another_number_of_workers_goes_on_with_the_same_model(options):
     mine = slice(w * ROWS // 2, (w + 1) * ROWS // 2)
     losses.append(gradient(p, there, rows["x"][mine], rows["y"][mine])[0])
   np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+
+
+@pytest.mark.parametrize("assignment", ["cyclic", "balanced"])
+@pytest.mark.parametrize("coverage", [0.25, 0.5, 0.75])
+def test_it_sends_an_all_reduce_of_what_the_longest_worker_holds(
+  coverage, assignment, mesh
+):
+  run = dj.distribute(make(coverage=coverage, assignment=assignment), mesh(N))
+  params = toys.float32(start())
+  found = inspect.bytes_sent(
+    run, run.abstract(KEY, params), toys.float32(batch(0)), KEY
+  )
+  # Of each array a worker owns a fourth, rounded up.
+  sizes = {b: N * sum(-(-E * w // N) for _ in "ac") for b, w in WIDTHS.items()}
+  who = holders(coverage, assignment)
+  held = [sum(sizes[b] for b in WIDTHS if w in who[b]) for w in range(N)]
+  assert max(held) >= coverage * sum(sizes.values())
+  assert found["all_to_all"] == 2 * 4 * max(held) * (N - 1) / N
+  assert found["psum"] <= 2 * 4 * (E + 4) * (N - 1) / N  # shared, and scalars
