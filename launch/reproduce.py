@@ -39,7 +39,6 @@ WORKERS = 8
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PROGRAMS = ("run", "evaluate", "evaluate_members")  # of an experiment
 LEGEND = 16  # rows that a legend has room for
-AVERAGED = 100  # steps, of bytes sent
 SMOOTH = 0.05  # of a curve's length: how far the training loss is averaged
 
 Found = dict[str, Any]  # what METHOD.json holds
@@ -136,7 +135,7 @@ def one(
 
 
 def sent(table: ModuleType, row: str, built) -> float:
-  """Bytes that a worker sends a step, on average over the first rounds."""
+  """Bytes that a worker sends a step, on average over the whole run."""
   if row not in built:
     c = table.config(row)
     built[row] = train.build(c, used(c))
@@ -144,7 +143,8 @@ def sent(table: ModuleType, row: str, built) -> float:
   if x.run.mesh.size == 1:
     return 0.0
   state, batch = x.run.init(x.key, x.params()), x.run.put(next(x.batches()))
-  found = inspect.bytes_sent(x.run, state, batch, x.key, steps=AVERAGED)
+  steps = x.config.steps
+  found = inspect.bytes_sent(x.run, state, batch, x.key, steps=steps)
   return sum(found.values())
 
 

@@ -8,6 +8,7 @@ https://doi.org/10.1016/j.jpdc.2008.09.002).
 Letters: N workers along the axis, x the bytes of a collective's operand.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,28 @@ import numpy as np
 
 from distrain_jax.runners import Run
 
-FEW = 4096  # integers that are followed through a program
-Known = list[Any]  # values, None where they are not known
+# What is followed through a program: so many integers, keys, single floats. A
+# step, a table of what is due, a chance that is drawn.
+FEW = 4096
+
+
+class Value:
+  """Computed when a conditional asks for it, which for most never happens."""
+
+  def __init__(self, shape: tuple[int, ...], compute: Callable[[], Any]):
+    self.shape = shape
+    self._compute = compute
+
+  @functools.cached_property
+  def now(self) -> Any:
+    """As an array."""
+    return self._compute()
+
+
+Known = list[Value | None]  # None where a value is not known
+# A program's id -> what it sends where nothing is known. The programs live as
+# long as the traced step.
+Cache = dict[int, tuple[dict[str, float], Known]]
 
 # Primitive -> (x, N) -> bytes that one worker sends.
 RING: dict[str, Callable[[int, int], float]] = {
@@ -47,9 +68,9 @@ def bytes_sent(
 
   Returns:
     {"psum": bytes, ...}; the loop trips of scans are counted. Of a conditional
-    that branch counts which the integers of the state, such as its step, lead
-    to. Where that is not known, as in a state of ShapeDtypeStructs or inside a
-    loop, it is the dearest one.
+    that branch counts which the integers of the state, such as its step, and
+    the key lead to. Where that is not known, as in a state of ShapeDtypeStructs
+    or inside a loop, it is the dearest one.
 
   Raises:
     ValueError: for a simulated run; for a collective in a while loop whose
@@ -61,7 +82,7 @@ def bytes_sent(
       "bytes_sent: this run is simulated on one device, where nothing is sent. "
       "Pass one from distribute(method, mesh)."
     )
-  known: Known = [_integers(x) for x in jax.tree.leaves(state)]
+  known: Known = [_followed(x) for x in jax.tree.leaves(state)]
   if steps < 1 or (steps > 1 and all(x is None for x in known)):
     raise ValueError(
       f"bytes_sent: steps={steps} is at least 1, and for more than one the state "
@@ -69,11 +90,15 @@ def bytes_sent(
       f"{'one' if steps < 1 else 'shapes'}."
     )
   closed = run.step.trace(state, batch, key).jaxpr
-  rest = [None] * (len(closed.jaxpr.invars) - len(known))  # batch and key
+  rest = [None] * len(jax.tree.leaves(batch)) + [_followed(key)]
   total: dict[str, float] = {}
+  cache: Cache = {}
   for _ in range(steps):
-    counts, out = _walk(closed.jaxpr, closed.consts, known + rest, run.workers)
-    known = out[: len(known)]
+    counts, out = _walk(
+      closed.jaxpr, closed.consts, known + rest, run.workers, cache
+    )
+    # Now, or each step would hold on to all before it.
+    known = [x and _value(x.now) for x in out[: len(known)]]
     _add(total, counts)
   return {name: value / steps for name, value in total.items()}
 
@@ -95,7 +120,7 @@ def bytes_held(state: Any) -> int:
 
 
 def _walk(
-  jaxpr, consts, known: Known, workers: int
+  jaxpr, consts, known: Known, workers: int, cache: Cache
 ) -> tuple[dict[str, float], Known]:
   """Bytes that a program sends, and those of its results that are known.
 
@@ -103,24 +128,34 @@ def _walk(
     jaxpr, consts: the program.
     known: its arguments' values, None where they are not known.
     workers: N.
+    cache: of programs of which no argument is known.
   """
+  blind = all(x is None for x in known)
+  if blind and id(jaxpr) in cache:
+    return cache[id(jaxpr)]
   total: dict[str, float] = {}
-  values = dict(zip(jaxpr.constvars, map(_integers, consts)))
+  values = dict(zip(jaxpr.constvars, map(_followed, consts)))
   values.update(zip(jaxpr.invars, known))
 
   def read(v):
     if isinstance(v, jax.extend.core.Literal):
-      return _integers(np.asarray(v.val, v.aval.dtype))
+      return _followed(np.asarray(v.val, v.aval.dtype))
     return values.get(v)
 
   for eqn in jaxpr.eqns:
-    counts, outs = _equation(eqn, [read(v) for v in eqn.invars], workers)
+    given = [read(v) for v in eqn.invars]
+    counts, outs = _equation(eqn, given, workers, cache)
     _add(total, counts)
     values.update(zip(eqn.outvars, outs))
-  return total, [read(v) for v in jaxpr.outvars]
+  found = total, [read(v) for v in jaxpr.outvars]
+  if blind:
+    cache[id(jaxpr)] = found
+  return found
 
 
-def _equation(eqn, given: Known, workers: int) -> tuple[dict, Known]:
+def _equation(
+  eqn, given: Known, workers: int, cache: Cache
+) -> tuple[dict, Known]:
   """As `_walk`, of one equation."""
   name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
   if name in RING:
@@ -132,11 +167,13 @@ def _equation(eqn, given: Known, workers: int) -> tuple[dict, Known]:
   platforms = eqn.params.get("branches_platforms")
   if platforms and None in platforms:
     # Forms for some platforms send what the one for all others does.
-    given = [np.asarray(platforms.index(None)), *given[1:]]
+    given = [_value(np.asarray(platforms.index(None))), *given[1:]]
   if name == "cond" and given[0] is not None:
-    inner, given = [inner[int(given[0])]], given[1:]
+    inner, given = [inner[int(given[0].now)]], given[1:]
     name = "taken"
-  run = [_walk(j, c, _fitting(name, j, given), workers) for j, c in inner]
+  run = [
+    _walk(j, c, _fitting(name, j, given), workers, cache) for j, c in inner
+  ]
   counts = [c for c, _ in run]
   if name == "cond":
     return max(counts, key=lambda c: sum(c.values())), unknown
@@ -166,27 +203,43 @@ def _fitting(name: str, jaxpr, given: Known) -> Known:
 
 
 def _folded(eqn, given: Known) -> Known:
-  """The results of an equation on known integers, if these are some too."""
+  """The results of an equation on known values, if they too are followed."""
   ready = given and all(x is not None for x in given)
   plain = not eqn.effects and "axis_name" not in eqn.params
   if not (ready and plain and all(_is_small(v.aval) for v in eqn.outvars)):
     return [None] * len(eqn.outvars)
-  out = eqn.primitive.bind(*given, **eqn.params)
-  return list(out) if eqn.primitive.multiple_results else [out]
+
+  @functools.cache
+  def results() -> list[Any]:
+    out = eqn.primitive.bind(*(x.now for x in given), **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+  return [
+    Value(v.aval.shape, lambda i=i: results()[i])
+    for i, v in enumerate(eqn.outvars)
+  ]
 
 
-def _integers(x: Any) -> Any:
-  """The values of a few integers; None for anything else."""
+def _followed(x: Any) -> Value | None:
+  """What is followed; None for anything else."""
   known = isinstance(x, np.ndarray) or (
     isinstance(x, jax.Array) and x.is_fully_replicated
   )
-  return np.asarray(x) if known and _is_small(x) else None
+  return _value(x) if known and _is_small(x) else None
+
+
+def _value(x: Any) -> Value:
+  return Value(x.shape, lambda: x if _is_key(x) else np.asarray(x))
 
 
 def _is_small(x) -> bool:
   kinds = (jnp.integer, jnp.bool_)
-  whole = any(jnp.issubdtype(x.dtype, k) for k in kinds)
-  return whole and x.size <= FEW
+  whole = _is_key(x) or any(jnp.issubdtype(x.dtype, k) for k in kinds)
+  return x.size <= FEW if whole else x.ndim == 0
+
+
+def _is_key(x) -> bool:
+  return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _jaxprs_in(params):

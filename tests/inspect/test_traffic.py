@@ -188,3 +188,43 @@ def test_state_held_is_that_of_one_worker(mesh):
     state = run.init(key, params)
     assert inspect.bytes_held(state) == expected + counts
     assert inspect.bytes_held(run.abstract(key, params)) == expected + counts
+
+
+def test_a_branch_counts_that_the_key_decides(mesh):
+  chance = lambda key, step: jax.random.uniform(jax.random.fold_in(key, step))
+
+  def step(state, batch, key):
+    big, small = (lambda x: jax.lax.psum(x, "data")), (lambda x: x)
+    due = chance(key, state[0]) < 0.1 * jnp.sqrt(state[0] + 1.0)
+    x = jax.lax.cond(due, big, small, state[1])
+    return (state[0] + 1, x), {"loss": x[0]}
+
+  init = lambda key, params: (jnp.zeros((), jnp.int32), params)
+  method = Method("test", "data", init, step, lambda s: s[1], P())
+  run, key = dj.distribute(method, mesh(N)), jax.random.key(3)
+  state = run.init(key, np.ones(SIZE, np.float32))
+  batch = np.ones((N, 1), np.float32)
+  due = [float(chance(key, i)) < 0.1 * np.sqrt(i + 1) for i in range(30)]
+  assert 0 < sum(due) < 30
+  sent = inspect.bytes_sent(run, state, batch, key, steps=30)
+  assert sent == {"psum": sum(due) / 30 * 2 * 4 * SIZE * 3 / 4}
+
+
+def test_a_tied_shuffle_is_sent_as_often_as_it_is_due(mesh):
+  def average(**options):
+    method = dj.wash(
+      loss_fn, optax.sgd(0.1), rate=0.5, layer_schedule="constant", **options
+    )
+    made = dj.spmd.make_mesh({"population": N}, jax.devices()[:N])
+    run, key = dj.distribute(method, made), jax.random.key(0)
+    state = run.init(key, np.ones(SIZE, np.float32))
+    batch = np.ones((N, SIZE), np.float32)
+    found = inspect.bytes_sent(run, state, batch, key, steps=400)
+    return found["all_to_all"]
+
+  always = average()
+  assert always == 0.5 * 4 * SIZE * 3 / 4
+  share = average(tied=True, relative_rate=lambda step: 0.25) / always
+  assert abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 400)
+  half = average(stop_after=100) / always
+  assert half == 0.25
