@@ -1,12 +1,14 @@
 """Axes of the mesh that divide a member's rows, as a config names them."""
 
 import jax
+import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
 
 import distrain_jax as dj
-from distrain_jax import runners, train
+from distrain_jax import data, inspect, runners, train
+from distrain_jax.population import members
 
 MESH = {"fsdp": 2, "population": 2, "tensor": 2}  # sorted, as a config is
 
@@ -72,3 +74,45 @@ def test_what_members_cannot_have_is_refused_by_the_config(
     c.update_from_flattened_dict({field: value})
   with pytest.raises(ValueError, match=message):
     train.build(c, jax.devices()[:8])
+
+
+@pytest.mark.parametrize("method", ["wash", "sparta"])
+def test_members_whose_weights_are_divided_exchange_the_same(
+  method, small, tmp_path
+):
+  """And no weight is gathered for it."""
+  same = {
+    "method.name": method,
+    "method.rate": 0.5,
+    "method.layer_schedule": "constant",
+    "batch_size": 16,
+    "steps": 3,
+    "evaluation.batch_size": 16,
+  }
+  plain = small(**same, mesh=ConfigDict({"population": 2}))
+  divided = small(
+    **same,
+    mesh=ConfigDict({"population": 2, "fsdp": 2}),
+    sharding=ConfigDict({"hidden_0": "fsdp"}),
+    **{"population.rows_over": ("fsdp",)},
+  )
+
+  def trained(c, folder, devices):
+    built = train.build(c, devices)
+    return train.train(built, folder).state.inner.params, built
+
+  wanted, _ = trained(plain, tmp_path / "plain", jax.devices()[:2])
+  got, built = trained(divided, tmp_path / "divided", jax.devices()[:4])
+  specs = {x.sharding.spec for x in jax.tree.leaves(got)}
+  assert any("fsdp" in spec for spec in specs)
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+  jax.tree.map(near, got, wanted)
+  program = train.program(
+    divided, data.describe("digits").info, jax.devices()[:4]
+  )
+  report = inspect.compile(program.run, *program.abstract())
+  found = [c.collective for c in report.step.communication]
+  mine = [c for c in found if members.EXCHANGE in c.op_name.split("/")]
+  assert mine or method == "sparta"  # whose sum goes with the metrics'
+  assert not any(c.kind == "all-gather" for c in mine)
+  assert built.run.workers == 2
