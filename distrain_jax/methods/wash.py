@@ -9,10 +9,11 @@ although a shuffle changes neither their average nor their distance from it.
 
 The default exchange differs from the paper in what coordinates have to do with
 each other, not in what happens to one: it is chosen with its layer's rate and
-permuted uniformly, and two coordinates' deviations from the average come out
-uncorrelated. But chosen coordinates lie one a stratum, and N permutations, a
-Latin square, serve all of a step's. So a member sends each other one K/N-th of
-the K chosen values, and no index.
+permuted uniformly. But chosen coordinates lie one a stratum, and N permutations,
+a Latin square, serve all of a step's. So a member sends each other one K/N-th of
+the K chosen values, and no index. Of two coordinates' deviations from the average
+the expected product becomes 0, and -1/(N - 1) of what it was for those that stand
+among the same N chosen ones.
 """
 
 import functools

@@ -138,7 +138,7 @@ def test_what_changes_is_what_is_chosen_but_for_one_in_n():
 
 
 def test_expected_products_of_deviations_vanish_as_by_independent_ones():
-  """Of coordinates more than N apart, and of neighbours -1/(N - 1)."""
+  """Of coordinates at least N apart; of two in one group they are -1/(N - 1)."""
   n, draws = 4, 8000
   delta = np.float32([1, -1, 1, -1])  # deviations, equal on all coordinates
   x = np.repeat(delta[:, None], 32, 1)
@@ -151,8 +151,13 @@ def test_expected_products_of_deviations_vanish_as_by_independent_ones():
   new = np.asarray(jax.jit(jax.vmap(run, (None, 0)))(x, keys))
   products = np.einsum("dnj->dj", new * new[:, :, :1]) / n  # with the first
   mean, error = products.mean(0), products.std(0) / np.sqrt(draws)
-  far = np.arange(32)[8:-8]
+  far = np.arange(32)[n : 1 - n]
   assert np.abs(mean[far] / error[far]).max() < 5
+  # Groups of N begin at a random place: two that are k apart share one so often.
+  for k in range(1, n):
+    shared = -(n - k) / n / (n - 1)
+    for at in (k, -k):
+      assert abs(mean[at] - shared) < 5 * error[at]
   assert mean[0] == 1  # with itself
 
 
