@@ -1,8 +1,8 @@
-"""What makes up for what is absent: nothing, or a factor in training or test.
+"""What makes up for what is absent: nothing, or a factor in the whole model.
 
-As launch/reproductions/sdp.py has it: text, forward masking. Each row is compared
-with the same masks without rescaling. `test` trains the same parameters as
-`none` does and differs in the whole model that is evaluated.
+As launch/reproductions/sdp.py has it, which also has a factor in training: text,
+forward masking. Each row is compared with the same masks without rescaling, which
+train the same parameters and differ in the model that is evaluated.
 """
 
 from launch.reproductions import sdp as table
@@ -11,7 +11,7 @@ TITLE = "Text, a Llama of 82,208 parameters, 8 workers: rescaling"
 METRIC, UNIT = table.METRIC, table.UNIT
 FOLLOWS = ()
 CLAIM = ("block, 1/2, in test", 0.0)
-WHEN = {"": "none", ", in train": "train", ", in test": "test"}
+WHEN = {"": "none", ", in test": "test"}
 ROWS = {
   f"{level}, {coverage}{how}": table.sdp(level, "forward", coverage, when)
   for level in table.LEVELS
