@@ -23,7 +23,7 @@ _INSIDE = "promise_in_bounds"  # indices are, so nothing need check
 # Of more indices into one leaf, XLA for TPUs lays it out as a row first; all
 # these rows live from when values are taken to when others are put.
 _AT_ONCE = 1000
-_PARTS = 32  # beyond as many, the row is the lesser evil
+_PARTS = 64  # beyond as many a loop, before which a leaf may be laid out anew
 
 # (trees, most coordinates of an operation or None) -> trees
 Update = Callable[[Any, int | None], Any]
@@ -63,12 +63,11 @@ def take(
   out = []
   for x, pieces, where in zip(leaves, plan.leaves, chosen.where):
     for piece, at in zip(pieces, where):
-      parts = _parts(at, most)
-      got = [x.at[_index(x, piece, i)].get(mode=_INSIDE) for i in parts]
-      out.append(jnp.concatenate(got))
+      one = lambda i, x=x, piece=piece: _get(x, _index(x, piece, i))
+      out.append(_by_parts(one, at, most))
   if plan.pool:
     pool = _side_by_side(plan, leaves)
-    out.append(pool.at[chosen.pool].get(mode=_INSIDE))
+    out.append(_get(pool, chosen.pool))
   return out
 
 
@@ -85,16 +84,12 @@ def put(
     if not pieces:
       continue
     index = [_index(out[i], *pair) for pair in zip(pieces, where)]
-    index = [_parts(jnp.concatenate(axis), most) for axis in zip(*index)]
+    index = [jnp.concatenate(axis) for axis in zip(*index)]
     new = jnp.concatenate([next(rest) for _ in pieces])
-    for at, some in zip(zip(*index), _parts(new, most)):
-      x = out[i].at[at]
-      out[i] = x.set(some, mode=_INSIDE, unique_indices=True)
+    out[i] = _set_by_parts(out[i], index, new, most)
   if plan.pool:
     pool = _side_by_side(plan, leaves)
-    pool = pool.at[chosen.pool].set(
-      next(rest), mode=_INSIDE, unique_indices=True
-    )
+    pool = _set(pool, chosen.pool, next(rest))
     start = 0
     for i in plan.pooled:
       x = leaves[i]
@@ -104,11 +99,41 @@ def put(
   return out
 
 
-def _parts(x: jax.Array, most: int | None) -> list[jax.Array]:
-  """(k,) in parts of at most so many; or whole, if those were too many."""
-  if most is None or x.size > most * _PARTS:
-    return [x]
-  return [x[i : i + most] for i in range(0, x.size, most)]
+def _get(x: jax.Array, at) -> jax.Array:
+  return x.at[at].get(mode=_INSIDE)
+
+
+def _set(x: jax.Array, at, values: jax.Array) -> jax.Array:
+  return x.at[at].set(values, mode=_INSIDE, unique_indices=True)
+
+
+def _cut(x: jax.Array, most: int | None) -> tuple[Any, list[jax.Array]]:
+  """(k,) -> parts of at most so many: (n, most) for a loop or None, a list."""
+  if most is None or x.size <= most:
+    return None, [x]
+  whole = x.size // most * most if x.size > most * _PARTS else 0
+  rest = [x[i : i + most] for i in range(whole, x.size, most)]
+  return x[:whole].reshape(-1, most) if whole else None, rest
+
+
+def _by_parts(one, at: jax.Array, most: int | None) -> jax.Array:
+  """one(at), of at most so many at a time."""
+  many, few = _cut(at, most)
+  found = [] if many is None else [jax.lax.map(one, many).ravel()]
+  return jnp.concatenate(found + [one(part) for part in few])
+
+
+def _set_by_parts(
+  x: jax.Array, at: list[jax.Array], values: jax.Array, most: int | None
+) -> jax.Array:
+  """`_set`, of at most so many at a time; `at` has an index for each axis."""
+  many, few = zip(*(_cut(a, most) for a in (*at, values)))
+  if many[0] is not None:
+    put = lambda i, x: _set(x, tuple(a[i] for a in many[:-1]), many[-1][i])
+    x = jax.lax.fori_loop(0, len(many[0]), put, x)
+  for *part, some in zip(*few):
+    x = _set(x, tuple(part), some)
+  return x
 
 
 def _index(x: jax.Array, piece: Piece, at: jax.Array) -> tuple[jax.Array, ...]:

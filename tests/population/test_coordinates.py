@@ -19,7 +19,7 @@ RATES = [np.asarray(rate) for rate in (0.6, (0.6, 0.3, 0.0), 0.7, 0.5, 0.5)]
 
 
 @pytest.mark.parametrize("how", ["vmap", "mesh"])
-@pytest.mark.parametrize("parts", [2, 100], ids=["too many parts", "parts"])
+@pytest.mark.parametrize("parts", [2, 100], ids=["a loop", "parts"])
 def test_a_tpus_form_is_the_other_to_the_bit(monkeypatch, mesh, how, parts):
   rng = np.random.default_rng(0)
   draw = lambda shape: rng.normal(size=(N, *shape)).astype(np.float32)
