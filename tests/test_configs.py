@@ -64,6 +64,8 @@ RUNS = {
   ("wash/fashion_mnist", None): image("fashion_mnist", 28, 1, 10),
   ("wash/paper_cifar", "cifar10"): image("cifar10", 32, 3, 10),
   ("wash/paper_cifar", "cifar100"): image("cifar100", 32, 3, 100),
+  ("wash/paper_cifar", "cifar10,papa"): image("cifar10", 32, 3, 10),
+  ("wash/paper_cifar", "cifar10,papa_all"): image("cifar10", 32, 3, 10),
   ("wash/paper_imagenet", None): image("imagenet2012", 224, 3, 1000),
   ("wash/text", None): text("stdlib_text", 128, 256),
 }

@@ -1,4 +1,4 @@
-r"""WASH's ResNet-18s on CIFAR-10 or CIFAR-100 (arXiv 2405.17517).
+r"""WASH's ResNet-18s on CIFAR-10 or CIFAR-100 (arXiv 2405.17517), and PAPA's.
 
   python launch/train.py --config=configs/wash/paper_cifar.py:cifar10 \
     --workdir=runs/wash_cifar10
@@ -13,7 +13,9 @@ with momentum 0.9, a rate of 0.1 with a cosine to 1e-4, weight decay 1e-4, 300
 epochs of 64 images, 2 % of the images held out; members differ in their initial
 model, their order of the data and their mixup, CutMix, label smoothing and
 random erasing (`:cifar10,alike`: only in the first two). The rate, 0.001, is
-WASH's for CIFAR as far as we could recover it, decreasing by depth.
+WASH's for CIFAR as far as we could recover it, decreasing by depth. PAPA's own
+are `:cifar10,papa`, a pull by (1 - 0.99) of the learning rate over its peak in
+every tenth step, and `:cifar10,papa_all`, the average every five epochs.
 
 Other than there: weight decay spares norms and biases; which of the 81 settings
 a member gets is drawn by our own random numbers.
@@ -27,15 +29,24 @@ from distrain_jax.train import import_config
 CLASSES = {"cifar10": 10, "cifar100": 100}
 MEMBERS = 8
 ROWS = 64  # of a member and step
+METHODS = {
+  "wash": {"name": "wash", "rate": 1e-3},
+  "papa": {"name": "papa", "every": 10, "alpha": 0.99},
+  "papa_all": {"name": "papa", "variant": "all"},
+}
 
 
 def get_config(arg: str | None = "cifar10"):
-  """`:cifar10` or `:cifar100`; `,alike` without mixing, `,quick` 20 steps."""
+  """`:cifar10` or `:cifar100`; `,papa` or `,papa_all` in the place of WASH,
+  `,alike` without mixing, `,quick` 20 steps."""
   name, *more = (arg or "cifar10").split(",")
-  if name not in CLASSES or not set(more) <= {"alike", "quick"}:
+  methods = [x for x in more if x in METHODS] or ["wash"]
+  known = {"alike", "quick", *METHODS}
+  if name not in CLASSES or not set(more) <= known or len(methods) > 1:
     raise ValueError(
       f"configs/wash/paper_cifar.py:{arg}: one of {', '.join(CLASSES)}, then "
-      "',alike' for members that see the images alike, ',quick' for few steps."
+      f"one of {', '.join(METHODS)}, ',alike' for members that see the images "
+      "alike, ',quick' for few steps."
     )
   base = import_config("../cifar10_resnet.py", beside=__file__)
   c = base.get_config("quick" if "quick" in more else None)
@@ -44,8 +55,7 @@ def get_config(arg: str | None = "cifar10"):
   if "quick" not in more:
     c.steps = round(300 * 49_000 / ROWS)
   c.batch_size = MEMBERS * ROWS
-  c.method.name = "wash"
-  c.method.rate = 1e-3
+  c.method.update(METHODS[methods[0]])
   c.data.name = name
   c.data.validation_fraction = 0.02
   c.loss.label_smoothing = 0.0  # the members' own settings have it

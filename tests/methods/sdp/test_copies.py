@@ -182,6 +182,20 @@ def test_the_norm_is_the_dense_one_for_any_number_of_holders(coverage):
   np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
 
 
+@pytest.mark.parametrize("level", ["block", "both"])
+def test_backward_copies_are_those_of_all_devices(level, mesh):
+  """Of what is said to be equal on all workers, each has its own copy."""
+  run = dj.distribute(toys.case(level, "backward", True).run.method, mesh(N))
+  state = run.init(KEY, toys.float32(toys.start()))
+  for i in range(toys.STEPS):
+    state, _ = run.step(state, toys.float32(toys.batch(i)), KEY)
+  for x in jax.tree.leaves(state.params.shared):
+    shards = [np.asarray(shard.data) for shard in x.addressable_shards]
+    assert len(shards) == N
+    for copy in shards[1:]:
+      np.testing.assert_array_equal(copy, shards[0])
+
+
 @by_level
 @forward
 def test_backward_masking_runs_on_what_others_have_updated(level, shard):
