@@ -23,7 +23,9 @@ _INSIDE = "promise_in_bounds"  # indices are, so nothing need check
 # Of more indices into one leaf, XLA for TPUs lays it out as a row first; all
 # these rows live from when values are taken to when others are put.
 _AT_ONCE = 1000
-_PARTS = 64  # beyond as many a loop, before which a leaf may be laid out anew
+# With more parts than this, a loop over them: fewer operations, but XLA may copy
+# the leaf once on entering it.
+_PARTS = 16
 
 # (trees, most coordinates of an operation or None) -> trees
 Update = Callable[[Any, int | None], Any]
@@ -108,7 +110,7 @@ def _set(x: jax.Array, at, values: jax.Array) -> jax.Array:
 
 
 def _cut(x: jax.Array, most: int | None) -> tuple[Any, list[jax.Array]]:
-  """(k,) -> parts of at most so many: (n, most) for a loop or None, a list."""
+  """(k,) in parts: (n, most) for a loop, or None; and a list of the rest."""
   if most is None or x.size <= most:
     return None, [x]
   whole = x.size // most * most if x.size > most * _PARTS else 0
@@ -129,8 +131,8 @@ def _set_by_parts(
   """`_set`, of at most so many at a time; `at` has an index for each axis."""
   many, few = zip(*(_cut(a, most) for a in (*at, values)))
   if many[0] is not None:
-    put = lambda i, x: _set(x, tuple(a[i] for a in many[:-1]), many[-1][i])
-    x = jax.lax.fori_loop(0, len(many[0]), put, x)
+    body = lambda i, x: _set(x, tuple(a[i] for a in many[:-1]), many[-1][i])
+    x = jax.lax.fori_loop(0, len(many[0]), body, x)
   for *part, some in zip(*few):
     x = _set(x, tuple(part), some)
   return x

@@ -17,6 +17,8 @@ import numpy as np
 from distrain_jax.gradients import at_least_float32
 from distrain_jax.population import coordinates, selection
 
+# TPUs lay N values side by side out as 128: of so many rows at a time.
+_CHUNK = 8192
 Axes = str | tuple[str, str]
 # (values (K,), first (K/N,), key) -> what takes their place, (K,). Coordinate
 # gN + i belongs to part (first[g] + i) % N; the key is shared.
@@ -89,17 +91,58 @@ def shuffle_parts(
   n, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
   tau, sigma, rho = (permutation(k, n) for k in jax.random.split(key, 3))
   where_tau, where_rho, where_sigma = map(inverse, (tau, rho, sigma))
-  member = jnp.arange(n)[None]
-  first = first[:, None]
-  slot = (member - first) % n  # (c, N): where a part's coordinate is
-  parts = jnp.take_along_axis(values.reshape(-1, n), slot, 1).T  # (N, c)
+  parts = _by_part(values, first, n)  # (N, c)
   # Row d of what is sent: the part b with dest(b, me) = d.
   sent = parts[where_rho[(where_tau - sigma[me]) % n]]
   got = all_to_all(sent, axes)  # by sender
   # Part b comes from the member s with dest(b, s) = me.
   parts = got[where_sigma[(where_tau[me] - rho) % n]]
-  part = (member + first) % n  # (c, N): whose a coordinate is
-  return jnp.take_along_axis(parts.T, part, 1).reshape(-1)
+  return _by_place(parts, first)
+
+
+def _by_part(values: jax.Array, first: jax.Array, n: int) -> jax.Array:
+  """(K,) of which N in a row belong to N parts, from `first` on -> (N, c)."""
+
+  def sort(values, first):
+    slot = (jnp.arange(n)[None] - first[:, None]) % n  # where a part's is
+    return jnp.take_along_axis(values.reshape(-1, n), slot, 1).T
+
+  def by_chunks(values, first):
+    whole = first.size // _CHUNK * _CHUNK
+    chunks = values[: whole * n].reshape(-1, _CHUNK * n)
+    chunks = chunks, first[:whole].reshape(-1, _CHUNK)
+    # As rows: of (-1, N, _CHUNK) the compiler would again make N the last axis.
+    many = jax.lax.map(lambda chunk: sort(*chunk).ravel(), chunks)
+    many = many.reshape(-1, n, _CHUNK).swapaxes(0, 1).reshape(n, -1)
+    rest = sort(values[whole * n :], first[whole:])
+    return jnp.concatenate([many, rest], 1)
+
+  return _chunked_on_tpus(sort, by_chunks, values, first)
+
+
+def _by_place(parts: jax.Array, first: jax.Array) -> jax.Array:
+  """Undoes `_by_part`: (N, c) -> (K,)."""
+  n = parts.shape[0]
+
+  def sort(parts, first):
+    part = (jnp.arange(n)[None] + first[:, None]) % n  # whose a place is
+    return jnp.take_along_axis(parts.T, part, 1).reshape(-1)
+
+  def by_chunks(parts, first):
+    whole = first.size // _CHUNK * _CHUNK
+    chunks = parts[:, :whole].reshape(n, -1, _CHUNK).swapaxes(0, 1)
+    chunks = chunks, first[:whole].reshape(-1, _CHUNK)
+    many = jax.lax.map(lambda chunk: sort(*chunk), chunks)
+    rest = sort(parts[:, whole:], first[whole:])
+    return jnp.concatenate([many.ravel(), rest])
+
+  return _chunked_on_tpus(sort, by_chunks, parts, first)
+
+
+def _chunked_on_tpus(sort, by_chunks, x: jax.Array, first: jax.Array):
+  if first.size <= _CHUNK:
+    return sort(x, first)
+  return jax.lax.platform_dependent(x, first, tpu=by_chunks, default=sort)
 
 
 def average_parts(

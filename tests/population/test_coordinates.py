@@ -42,6 +42,7 @@ def test_a_tpus_form_is_the_other_to_the_bit(monkeypatch, mesh, how, parts):
   with monkeypatch.context() as m:
     m.setattr(coordinates, "_AT_ONCE", 7)  # 116 are chosen of the largest
     m.setattr(coordinates, "_PARTS", parts)
+    m.setattr(swapping, "_CHUNK", 5)
     tpu = lambda *args, tpu, default: tpu(*args)
     m.setattr(jax.lax, "platform_dependent", tpu)
     made = form()
