@@ -70,7 +70,9 @@ def jobs() -> dict[str, kept.Job]:
   more = " ".join(["", *SET.value])
   return {
     f"{model} {where} {name}{more}": kept.Job(
-      functools.partial(one, model, where, rows[name]), {"set": SET.value}
+      functools.partial(one, model, where, rows[name]),
+      # Rows without what lives during the exchange are older.
+      {"set": SET.value, "buffers": True},
     )
     for where in TOPOLOGIES.value
     for model in MODELS.value
@@ -92,7 +94,8 @@ def one(model: str, where: str, row: comparison.Row) -> dict[str, Any]:
   info = data.describe(
     c.data, vocab=c.model.get("vocab"), classes=c.model.get("classes")
   ).info
-  found = {"of": model, "hardware": where, "name": row.name, "set": SET.value}
+  found = {"of": model, "hardware": where, "name": row.name}
+  found |= {"set": SET.value, "buffers": True}
   program = experiment.program(c, info, devices)
   try:
     report = inspect.compile(

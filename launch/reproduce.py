@@ -65,7 +65,7 @@ def main(argv) -> None:
   found = collect(table, runs)
   if hasattr(table, "SCORES"):
     for row, x in found["rows"].items():
-      x["sent"] = sent(table, row, built)
+      x["sent"] = sent(table, row)
   out = Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   (out / f"{method}.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -117,10 +117,7 @@ def one(
   built: dict[str, train.Experiment],
 ) -> Lines:
   """Trains a row with a seed, unless that is done; returns its metrics."""
-  c = table.config(row)
-  c.seed = seed
-  if STEPS.value is not None:
-    c.steps = STEPS.value
+  c = config(table, row, seed)
   check_same(c, folder)
   lines = train.read_metrics(folder)
   if not any("test_loss" in x and x["step"] == c.steps for x in lines):
@@ -134,12 +131,18 @@ def one(
   return lines
 
 
-def sent(table: ModuleType, row: str, built) -> float:
-  """Bytes that a worker sends a step, on average over the whole run."""
-  if row not in built:
-    c = table.config(row)
-    built[row] = train.build(c, used(c))
-  x = built[row]
+def config(table: ModuleType, row: str, seed: int) -> ConfigDict:
+  c = table.config(row)
+  c.seed = seed
+  if STEPS.value is not None:
+    c.steps = STEPS.value
+  return c
+
+
+def sent(table: ModuleType, row: str) -> float:
+  """Bytes that a worker sends a step, on average over the run of seed 0."""
+  c = config(table, row, 0)
+  x = train.build(c, used(c))
   if x.run.mesh.size == 1:
     return 0.0
   state, batch = x.run.init(x.key, x.params()), x.run.put(next(x.batches()))

@@ -13,9 +13,9 @@ with momentum 0.9, a rate of 0.1 with a cosine to 1e-4, weight decay 1e-4, 300
 epochs of 64 images, 2 % of the images held out; members differ in their initial
 model, their order of the data and their mixup, CutMix, label smoothing and
 random erasing (`:cifar10,alike`: only in the first two). The rate, 0.001, is
-WASH's for CIFAR as far as we could recover it, decreasing by depth. PAPA's own
-are `:cifar10,papa`, a pull by (1 - 0.99) of the learning rate over its peak in
-every tenth step, and `:cifar10,papa_all`, the average every five epochs.
+WASH's for CIFAR as far as we could recover it, decreasing by depth. PAPA's
+settings: `:cifar10,papa` pulls every tenth step by 0.01 x learning rate / peak;
+`:cifar10,papa_all` averages every five epochs.
 
 Other than there: weight decay spares norms and biases; which of the 81 settings
 a member gets is drawn by our own random numbers.
@@ -37,8 +37,11 @@ METHODS = {
 
 
 def get_config(arg: str | None = "cifar10"):
-  """`:cifar10` or `:cifar100`; `,papa` or `,papa_all` in the place of WASH,
-  `,alike` without mixing, `,quick` 20 steps."""
+  """`:cifar10` or `:cifar100`, and what comes after.
+
+  `,papa` or `,papa_all` (or `,wash`); `,alike` without mixing; `,quick` for 20
+  steps.
+  """
   name, *more = (arg or "cifar10").split(",")
   methods = [x for x in more if x in METHODS] or ["wash"]
   known = {"alike", "quick", *METHODS}

@@ -24,7 +24,7 @@ _RANGE = re.compile(r"\s+(\S+?)\{([^}]*)\}:(\d+)-(\d+)$")
 _IDLE = ("bitcast", "constant", "get-tuple-element", "parameter", "tuple")
 
 
-class Value(NamedTuple):
+class Temporary(NamedTuple):
   """A temporary in main memory."""
 
   name: str  # the instruction that makes it
@@ -38,7 +38,7 @@ class Buffers(NamedTuple):
   """The heap of a program's temporaries on one device."""
 
   bytes: int
-  values: tuple[Value, ...]
+  values: tuple[Temporary, ...]
   # JAX's path of scopes of each instruction, in the order in which they run;
   # "" where XLA tells none, or nothing is computed.
   op_names: tuple[str, ...]
@@ -48,17 +48,17 @@ class Buffers(NamedTuple):
     starts = {x.first for x in self.values}
     return max(map(self._live, starts), default=0)
 
-  def during(self, scope: str) -> int:
+  def during(self, scope: str) -> int | None:
     """Most bytes of temporaries that live while a `jax.named_scope` runs.
 
     What lives through it, for others to read, is counted as well: an upper
-    bound of what the scope needs for itself.
+    bound of what the scope needs for itself. None: nothing runs in it.
 
     Args:
-      scope: the name as it was given.
+      scope: the name as it was given; transformed ones, `vmap(name)`, count.
     """
-    runs = [i for i, x in enumerate(self.op_names) if scope in x.split("/")]
-    return max(map(self._live, runs), default=0)
+    runs = [i for i, x in enumerate(self.op_names) if scope in _scopes(x)]
+    return max(map(self._live, runs), default=None)
 
   def _live(self, at: int) -> int:
     """Bytes that some value covers: views lie in one another's memory."""
@@ -70,6 +70,11 @@ class Buffers(NamedTuple):
     return total
 
 
+def _scopes(op_name: str) -> list[str]:
+  """Without the transformations that JAX writes around names."""
+  return [re.sub(r"^(\w+\()+|\)+$", "", x) for x in op_name.split("/")]
+
+
 def dumping(folder: Path) -> dict[str, str | bool]:
   """XLA's options that make a compilation write what `read` reads."""
   return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
@@ -79,25 +84,33 @@ def read(folder: Path) -> Buffers:
   """What one compilation with `dumping(folder)` has written.
 
   Raises:
-    ValueError: if it wrote nothing, or more than one program.
+    ValueError: if it wrote nothing, more than one program, or several heaps.
+    KeyError: for a temporary of which XLA does not tell when it lives.
   """
   end = "after_optimizations"
   module = hlo.parse(_text(folder, f"*{end}.txt"))
   order, ranges = _times(_text(folder, f"*{end}-live-range.txt"))
-  size, found = 0, []
+  heaps, found = [], []
   assigned = _assigned(_text(folder, f"*{end}-buffer-assignment.txt"))
   for name, index, offset, count in assigned:
     if name is None:
-      size += count
-    elif (name, index) in ranges:
-      found.append(Value(name, offset, count, *ranges[name, index]))
+      heaps.append(count)
+    else:
+      found.append(Temporary(name, offset, count, *ranges[name, index]))
   names = {
     x.name: x.op_name
     for computation in module.computations.values()
     for x in computation.instructions.values()
     if x.opcode not in _IDLE
   }
-  return Buffers(size, tuple(found), tuple(names.get(x, "") for x in order))
+  if len(heaps) > 1:
+    raise ValueError(
+      f"inspect: {len(heaps)} heaps of temporaries in main memory, where XLA has "
+      "made one so far: their offsets would have to be told apart."
+    )
+  return Buffers(
+    sum(heaps), tuple(found), tuple(names.get(x, "") for x in order)
+  )
 
 
 def _text(folder: Path, pattern: str) -> str:

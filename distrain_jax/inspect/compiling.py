@@ -79,8 +79,7 @@ def compile(
     lowered, arguments, mesh = _lower_function(run, abstract_args, topology)
     name, state = getattr(run, "__name__", "function"), None
     options = compile_options.for_mesh(mesh) | dict(compiler_options or {})
-  started = time.perf_counter()
-  compiled, found = _compiled(lowered, options, with_buffers)
+  compiled, seconds, found = _compiled(lowered, options, with_buffers)
   report = read(
     compiled,
     arguments,
@@ -88,18 +87,21 @@ def compile(
     name=name,
     hardware=topology or _hardware(mesh),
     state=state,
-    compile_seconds=time.perf_counter() - started,
+    compile_seconds=seconds,
   )
   return report._replace(buffers=found)
 
 
 def _compiled(lowered, options, with_buffers):
-  """The program, and its buffers or None."""
-  if not with_buffers:
-    return lowered.compile(options or None), None
+  """The program, how long it took, and its buffers or None."""
   with tempfile.TemporaryDirectory() as folder:
-    options = (options or {}) | buffers.dumping(Path(folder))
-    return lowered.compile(options), buffers.read(Path(folder))
+    if with_buffers:
+      options = (options or {}) | buffers.dumping(Path(folder))
+    started = time.perf_counter()
+    compiled = lowered.compile(options or None)
+    seconds = time.perf_counter() - started
+    found = buffers.read(Path(folder)) if with_buffers else None
+  return compiled, seconds, found
 
 
 def read(

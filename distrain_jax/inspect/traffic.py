@@ -19,12 +19,12 @@ import numpy as np
 
 from distrain_jax.runners import Run
 
-# What is followed through a program: so many integers, keys, single floats. A
-# step, a table of what is due, a chance that is drawn.
+# Followed through a program are arrays of up to so many integers or keys, and
+# single floats: a step, a table of what is due, a chance that is drawn.
 FEW = 4096
 
 
-class Value:
+class Lazy:
   """Computed when a conditional asks for it, which for most never happens."""
 
   def __init__(self, shape: tuple[int, ...], compute: Callable[[], Any]):
@@ -37,7 +37,7 @@ class Value:
     return self._compute()
 
 
-Known = list[Value | None]  # None where a value is not known
+Known = list[Lazy | None]  # None where a value is not known
 # A program's id -> what it sends where nothing is known. The programs live as
 # long as the traced step.
 Cache = dict[int, tuple[dict[str, float], Known]]
@@ -128,14 +128,14 @@ def _walk(
     jaxpr, consts: the program.
     known: its arguments' values, None where they are not known.
     workers: N.
-    cache: of programs of which no argument is known.
+    cache: of programs of which no argument or constant is known.
   """
-  blind = all(x is None for x in known)
+  values = dict(zip(jaxpr.constvars, map(_followed, consts), strict=True))
+  blind = all(x is None for x in [*known, *values.values()])
   if blind and id(jaxpr) in cache:
     return cache[id(jaxpr)]
   total: dict[str, float] = {}
-  values = dict(zip(jaxpr.constvars, map(_followed, consts)))
-  values.update(zip(jaxpr.invars, known))
+  values.update(zip(jaxpr.invars, known, strict=True))
 
   def read(v):
     if isinstance(v, jax.extend.core.Literal):
@@ -215,12 +215,12 @@ def _folded(eqn, given: Known) -> Known:
     return list(out) if eqn.primitive.multiple_results else [out]
 
   return [
-    Value(v.aval.shape, lambda i=i: results()[i])
+    Lazy(v.aval.shape, lambda i=i: results()[i])
     for i, v in enumerate(eqn.outvars)
   ]
 
 
-def _followed(x: Any) -> Value | None:
+def _followed(x: Any) -> Lazy | None:
   """What is followed; None for anything else."""
   known = isinstance(x, np.ndarray) or (
     isinstance(x, jax.Array) and x.is_fully_replicated
@@ -228,8 +228,16 @@ def _followed(x: Any) -> Value | None:
   return _value(x) if known and _is_small(x) else None
 
 
-def _value(x: Any) -> Value:
-  return Value(x.shape, lambda: x if _is_key(x) else np.asarray(x))
+def _value(x: Any) -> Lazy:
+  return Lazy(x.shape, lambda: _here(x))
+
+
+def _here(x: Any) -> Any:
+  """On this process's own device, whatever mesh it came from."""
+  if not _is_key(x):
+    return np.asarray(x)
+  bits = np.asarray(jax.random.key_data(x))
+  return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(x))
 
 
 def _is_small(x) -> bool:

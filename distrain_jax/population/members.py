@@ -24,7 +24,7 @@ from distrain_jax.population import adopting
 from distrain_jax.whole import is_whole
 
 # The scope of all that is exchanged, by which a compiled program tells it.
-EXCHANGE = "exchange"
+SCOPE = "population_exchange"
 # What the exchange's key is folded with: no member has this number.
 _EXCHANGE = 0xFFFFFFFF
 
@@ -185,7 +185,7 @@ def population(
         member, norm = _update(tx, options, state, grads, g.model_state)
         if phase.exchange is not None:
           rows = Rows(batch, own_key)
-          with jax.named_scope(EXCHANGE):
+          with jax.named_scope(SCOPE):
             member = phase.exchange(member, state.step, shared, rows)
         return member, _metrics(g, norm, axes, here)
 

@@ -1,16 +1,16 @@
 """Which masks: SDP's own beside those of federated learning, on images.
 
-As launch/reproductions/sdp_images.py has it, with forward masking and half of
-each worker's network: nested widths, as in HeteroFL (Diao et al., 2021,
+As launch/reproductions/sdp_images.py has it, with forward masking and a coverage
+of 1/2, the mean over workers: nested widths, as in HeteroFL (Diao et al., 2021,
 https://arxiv.org/abs/2010.01264), and windows that roll on by one group every
 update, as in FedRolex (Alam et al., 2022, https://arxiv.org/abs/2212.01548).
 BatchNorm stands behind every sampled channel, so that no rescaling is needed.
-All are compared with nested widths, that blocks are to beat.
+All are compared with nested widths, which blocks are to beat.
 """
 
 from launch.reproductions import sdp_images
 
-TITLE = "Fashion-MNIST, a narrow ResNet-18, 8 workers, half of it each"
+TITLE = "Fashion-MNIST, a narrow ResNet-18, 8 workers, a coverage of 1/2"
 METRIC, UNIT = sdp_images.METRIC, sdp_images.UNIT
 FOLLOWS = ("evaluation.members",)
 SCORES = {

@@ -21,7 +21,7 @@ ENTRY %main (x: f32[100]) -> f32[10] {
   %two = f32[50]{0} slice(%x), slice={[0:50]}, metadata={op_name="jit(f)/s"}
   %same = f32[50]{0} bitcast(%two), metadata={op_name="jit(f)/read/b"}
   %fast = f32[50]{0:S(1)} copy(%same), metadata={op_name="jit(f)/fill/c"}
-  %view = f32[50]{0} slice(%one), slice={[0:50]}, metadata={op_name="jit(f)/v"}
+  %view = f32[50]{0} slice(%one), slice={[0:50]}, metadata={op_name="jit(f)/transpose(jvp(far))/v"}
   %copy = f32[50]{0} copy(%two)
   ROOT %out = f32[10]{0} add(%copy, %view), metadata={op_name="jit(f)/read/a"}
 }
@@ -89,7 +89,15 @@ def test_a_scope_counts_what_lives_at_its_instructions(written):
   assert found.during("fill") == 600  # at 4
   assert found.during("read") == 400  # at 7; at 3 nothing is computed
   assert found.during("v") == 600
-  assert found.during("fil") == 0
+  assert found.during("far") == 600  # at 5, where it is transposed
+  assert found.during("fil") is None
+
+
+def test_several_heaps_are_refused(written):
+  file = written / "module_1.after_optimizations-buffer-assignment.txt"
+  file.write_text(ASSIGNED.replace(" color 1,", ""))
+  with pytest.raises(ValueError, match="2 heaps of temporaries"):
+    buffers.read(written)
 
 
 def test_a_folder_without_a_program_is_refused(tmp_path):
@@ -118,6 +126,6 @@ def test_of_a_compiled_program(where, mesh):
   # Four of them; a TPU keeps three, in bfloat16.
   assert 1.5 * square <= found.during("wide") == found.most() <= found.bytes
   assert found.bytes <= report.memory.temporaries
-  assert found.during("narrow") < square / 1000
-  assert found.during("elsewhere") == 0
+  assert (found.during("narrow") or 0) < square / 1000  # or it is all fused
+  assert found.during("elsewhere") is None
   assert inspect.compile(jax.jit(f), x).buffers is None

@@ -226,5 +226,5 @@ def test_a_tied_shuffle_is_sent_as_often_as_it_is_due(mesh):
   assert always == 0.5 * 4 * SIZE * 3 / 4
   share = average(tied=True, relative_rate=lambda step: 0.25) / always
   assert abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 400)
-  half = average(stop_after=100) / always
-  assert half == 0.25
+  quarter = average(stop_after=100) / always
+  assert quarter == 0.25

@@ -88,7 +88,7 @@ def test_the_average_is_as_good_as_the_ensemble_where_others_have_none():
   ensemble, average, distance = alone
   assert average < 60
   assert washed[1] >= ensemble - 1
-  assert washed[2] > 0.5 * distance  # and members are as far apart
+  assert washed[2] > 0.5 * distance  # and members stay apart
 
 
 @pytest.mark.full

@@ -112,7 +112,7 @@ def test_members_whose_weights_are_divided_exchange_the_same(
   )
   report = inspect.compile(program.run, *program.abstract())
   found = [c.collective for c in report.step.communication]
-  mine = [c for c in found if members.EXCHANGE in c.op_name.split("/")]
+  mine = [c for c in found if members.SCOPE in c.op_name.split("/")]
   assert mine or method == "sparta"  # whose sum goes with the metrics'
   assert not any(c.kind == "all-gather" for c in mine)
   assert built.run.workers == 2

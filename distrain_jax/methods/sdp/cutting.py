@@ -160,7 +160,8 @@ def read(
     names, shapes, level, assignment, shared, blocks, writers: as of `sdp`.
 
   Raises:
-    ValueError: as `structure.read`; or if a block is no key of the parameters.
+    ValueError: as `structure.read`; if a block is no key of the parameters, or
+      `shared` names what the model does not have.
   """
   names, shapes = map(as_variables, (names, shapes))
   blocks = () if level == "neuron" else tuple(blocks)
@@ -189,4 +190,5 @@ def read(
     writers=flags,
     alone=not blocks,
   )
+  structure.check_shared(shared, names)
   return Model(found, Variables(of_params, of_state), of_writers, shapes)

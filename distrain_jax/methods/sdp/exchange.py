@@ -1,6 +1,6 @@
 """Messages between the holders of a cell: sums to its owner, values back.
 
-Nothing dense is made in a step: for each distance on the ring there is one
+With forward masking nothing dense is made in a step: for each distance on the ring there is one
 message from every worker to the one that far away, with what the sender holds
 and the receiver owns, and one back (see `routing` for uneven ones). With cyclic
 windows of r of N groups that is r - 1 messages each way of 1/N of the

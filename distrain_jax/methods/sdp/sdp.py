@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 
 from distrain_jax import gradients
 from distrain_jax.method import LossFn, Method, StatefulLoss
-from distrain_jax.methods.sdp import cutting, structure, tables
+from distrain_jax.methods.sdp import cutting, tables
 from distrain_jax.methods.sdp.subnetworks import Parts
 from distrain_jax.methods.sdp.worker import SDPState, Worker
 
@@ -119,7 +119,6 @@ def sdp(
       on smaller shapes.
   """
   _check(masking, rescale, level, writers, loss_fn)
-  structure.check_shared(shared, names)
   coverage = tables.of_levels(level, coverage)
   tables.check(level, coverage, assignment)
   tables.check_redraw(assignment, redraw_every)

@@ -112,9 +112,7 @@ def check_shared(shared: Collection[str], names: Any) -> None:
   """Raises ValueError for what is no name, or kind of names, of the model."""
   flat = {name for name in jax.tree.leaves(names) if isinstance(name, str)}
   known = sorted(flat | {kind(name) for name in flat})
-  given = [shared] if isinstance(shared, str) else list(shared)
-  wrong = [name for name in given if name not in known]
-  if wrong or isinstance(shared, str):
+  if isinstance(shared, str) or not set(shared) <= set(known):
     raise ValueError(
       "sdp: `shared` is a tuple of logical names, or of kinds of them, that "
       f"are not sampled; got {shared!r}. This model has {', '.join(known)}."

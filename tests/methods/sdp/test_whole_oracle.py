@@ -204,10 +204,10 @@ def test_all_holders_have_a_block_to_the_bit():
     toys.equal(mine, {b: model[b] for b in mine})
 
 
-@by_case
+@pytest.mark.parametrize(
+  "options", [x for x in CASES if x["coverage"] == 0.5], ids=str
+)
 def test_another_number_of_workers_goes_on_with_the_same_model(options):
-  if options["coverage"] * 2 % 1:
-    options = {**options, "coverage": 0.5}
   run, state, _ = trained(**options)
   saved, model = toys.numpy(state), toys.numpy(run.params(state))
   two = dj.simulate(run.method, workers=2)
@@ -221,11 +221,10 @@ def test_another_number_of_workers_goes_on_with_the_same_model(options):
   balanced = options.get("assignment") == "balanced"
   held = whole.hold(sizes, 2, 1, balanced=balanced)
   for w in range(2):
-    there = [b for b, h in zip(WIDTHS, held[w]) if h]
-    if options["masking"] == "backward":
-      there = list(WIDTHS)
-    mine = slice(w * ROWS // 2, (w + 1) * ROWS // 2)
-    losses.append(gradient(p, there, rows["x"][mine], rows["y"][mine])[0])
+    mine = [b for b, h in zip(WIDTHS, held[w]) if h]
+    mine = list(WIDTHS) if options["masking"] == "backward" else mine
+    own = slice(w * ROWS // 2, (w + 1) * ROWS // 2)
+    losses.append(gradient(p, mine, rows["x"][own], rows["y"][own])[0])
   np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
 
 
@@ -243,6 +242,5 @@ def test_it_sends_an_all_reduce_of_what_the_longest_worker_holds(
   sizes = {b: N * sum(-(-E * w // N) for _ in "ac") for b, w in WIDTHS.items()}
   who = holders(coverage, assignment)
   held = [sum(sizes[b] for b in WIDTHS if w in who[b]) for w in range(N)]
-  assert max(held) >= coverage * sum(sizes.values())
   assert found["all_to_all"] == 2 * 4 * max(held) * (N - 1) / N
   assert found["psum"] <= 2 * 4 * (E + 4) * (N - 1) / N  # shared, and scalars
