@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distrain_jax.population.selection import Chosen, Piece, Plan
 
@@ -64,9 +65,10 @@ def take(
   """The chosen values, (k,) of each piece and last of the pool."""
   out = []
   for x, pieces, where in zip(leaves, plan.leaves, chosen.where):
-    for piece, at in zip(pieces, where):
-      one = lambda i, x=x, piece=piece: _get(x, _index(x, piece, i))
-      out.append(_by_parts(one, at, most))
+    if pieces:
+      values = _get_by_parts(x, _index(x, pieces, where), most)
+      ends = np.cumsum([at.size for at in where])[:-1]
+      out += jnp.split(values, ends)
   if plan.pool:
     pool = _side_by_side(plan, leaves)
     out.append(_get(pool, chosen.pool))
@@ -85,9 +87,8 @@ def put(
   for i, (pieces, where) in enumerate(zip(plan.leaves, chosen.where)):
     if not pieces:
       continue
-    index = [_index(out[i], *pair) for pair in zip(pieces, where)]
-    index = [jnp.concatenate(axis) for axis in zip(*index)]
     new = jnp.concatenate([next(rest) for _ in pieces])
+    index = _index(out[i], pieces, where)
     out[i] = _set_by_parts(out[i], index, new, most)
   if plan.pool:
     pool = _side_by_side(plan, leaves)
@@ -118,17 +119,21 @@ def _cut(x: jax.Array, most: int | None) -> tuple[Any, list[jax.Array]]:
   return x[:whole].reshape(-1, most) if whole else None, rest
 
 
-def _by_parts(one, at: jax.Array, most: int | None) -> jax.Array:
-  """one(at), of at most so many at a time."""
-  many, few = _cut(at, most)
-  found = [] if many is None else [jax.lax.map(one, many).ravel()]
-  return jnp.concatenate(found + [one(part) for part in few])
+def _get_by_parts(
+  x: jax.Array, at: list[jax.Array], most: int | None
+) -> jax.Array:
+  """`_get`, of at most so many at a time; `at` has an index for each axis."""
+  many, few = zip(*(_cut(axis, most) for axis in at))
+  found = [_get(x, part) for part in zip(*few)]
+  if many[0] is not None:
+    found.insert(0, jax.lax.map(lambda part: _get(x, part), many).ravel())
+  return jnp.concatenate(found)
 
 
 def _set_by_parts(
   x: jax.Array, at: list[jax.Array], values: jax.Array, most: int | None
 ) -> jax.Array:
-  """`_set`, of at most so many at a time; `at` has an index for each axis."""
+  """`_set`, as `_get_by_parts`."""
   many, few = zip(*(_cut(a, most) for a in (*at, values)))
   if many[0] is not None:
     body = lambda i, x: _set(x, tuple(a[i] for a in many[:-1]), many[-1][i])
@@ -138,12 +143,22 @@ def _set_by_parts(
   return x
 
 
-def _index(x: jax.Array, piece: Piece, at: jax.Array) -> tuple[jax.Array, ...]:
-  """Indices on every axis: a flat view of a large array could be a copy."""
-  if piece.layer is None:
-    return jnp.unravel_index(at, x.shape)
-  first = jnp.full_like(at, piece.layer)
-  return (first, *jnp.unravel_index(at, x.shape[1:]))
+def _index(
+  x: jax.Array, pieces: tuple[Piece, ...], where: list[jax.Array]
+) -> list[jax.Array]:
+  """Of all pieces, for each axis: a flat view of a large array could be a copy.
+
+  All pieces together, so that a leaf is read in the same way as it is written
+  to: otherwise XLA for TPUs lays it out anew in between.
+  """
+  found = []
+  for piece, at in zip(pieces, where):
+    if piece.layer is None:
+      found.append(jnp.unravel_index(at, x.shape))
+    else:
+      first = jnp.full_like(at, piece.layer)
+      found.append((first, *jnp.unravel_index(at, x.shape[1:])))
+  return [jnp.concatenate(axis) for axis in zip(*found)]
 
 
 def _side_by_side(plan: Plan, leaves: list[jax.Array]) -> jax.Array:
