@@ -208,7 +208,7 @@ def launch(folder):
           )
         )
     for process in children:
-      process.wait(timeout=240)
+      process.wait(timeout=900)
   except subprocess.TimeoutExpired:
     pass  # the codes and logs say which one hung
   finally:
