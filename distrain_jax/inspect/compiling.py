@@ -94,14 +94,18 @@ def compile(
 
 def _compiled(lowered, options, with_buffers):
   """The program, how long it took, and its buffers or None."""
-  with tempfile.TemporaryDirectory() as folder:
-    if with_buffers:
-      options = (options or {}) | buffers.dumping(Path(folder))
-    started = time.perf_counter()
-    compiled = lowered.compile(options or None)
-    seconds = time.perf_counter() - started
-    found = buffers.read(Path(folder)) if with_buffers else None
-  return compiled, seconds, found
+  if not with_buffers:
+    return *_timed(lowered, options), None
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    found = _timed(lowered, (options or {}) | buffers.dumping(folder))
+    return *found, buffers.read(folder)
+
+
+def _timed(lowered, options):
+  started = time.perf_counter()
+  compiled = lowered.compile(options or None)
+  return compiled, time.perf_counter() - started
 
 
 def read(
