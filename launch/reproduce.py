@@ -146,8 +146,7 @@ def sent(table: ModuleType, row: str) -> float:
   if x.run.mesh.size == 1:
     return 0.0
   state, batch = x.run.init(x.key, x.params()), x.run.put(next(x.batches()))
-  steps = x.config.steps
-  found = inspect.bytes_sent(x.run, state, batch, x.key, steps=steps)
+  found = inspect.bytes_sent(x.run, state, batch, x.key, steps=c.steps)
   return sum(found.values())
 
 

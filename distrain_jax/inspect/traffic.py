@@ -234,7 +234,7 @@ def _value(x: Any) -> Lazy:
 
 def _here(x: Any) -> Any:
   """On this process's own device, whatever mesh it came from."""
-  if not _is_key(x):
+  if not _is_key(x.dtype):
     return np.asarray(x)
   bits = np.asarray(jax.random.key_data(x))
   return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(x))
@@ -242,12 +242,12 @@ def _here(x: Any) -> Any:
 
 def _is_small(x) -> bool:
   kinds = (jnp.integer, jnp.bool_)
-  whole = _is_key(x) or any(jnp.issubdtype(x.dtype, k) for k in kinds)
+  whole = _is_key(x.dtype) or any(jnp.issubdtype(x.dtype, k) for k in kinds)
   return x.size <= FEW if whole else x.ndim == 0
 
 
-def _is_key(x) -> bool:
-  return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _is_key(dtype) -> bool:
+  return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _jaxprs_in(params):
@@ -266,7 +266,7 @@ def _add(total, more):
 
 
 def _itemsize(dtype) -> int:
-  if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+  if _is_key(dtype):
     return (
       jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype)).size
       * 4

@@ -1,12 +1,13 @@
 """Messages between the holders of a cell: sums to its owner, values back.
 
-With forward masking nothing dense is made in a step: for each distance on the ring there is one
-message from every worker to the one that far away, with what the sender holds
-and the receiver owns, and one back (see `routing` for uneven ones). With cyclic
-windows of r of N groups that is r - 1 messages each way of 1/N of the
-parameters, so (r - 1)/(N - 1) of what an all-reduce sends. Sums are taken in one order, by the owner alone: all
-holders get the same bits. A message waits for the one before it: together they
-would take as much memory as what they bring.
+With forward masking nothing dense is made in a step: for each distance on the
+ring there is one message from every worker to the one that far away, with what
+the sender holds and the receiver owns, and one back (see `routing` for uneven
+ones). With cyclic windows of r of N groups that is r - 1 messages each way of
+1/N of the parameters, so (r - 1)/(N - 1) of what an all-reduce sends. Sums are
+taken in one order, by the owner alone: all holders get the same bits. A message
+waits for the one before it: together they would take as much memory as what they
+bring.
 
 Letters in shapes: N workers, S places of a worker, O places that it owns, c
 elements of a fragment, m messages' rows.
